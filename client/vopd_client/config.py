@@ -1,0 +1,168 @@
+"""Every setting of the client, with its unit and default; the one source of flags, file keys and environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
+Verifier = Literal["exact", "contains", "regex", "math"]
+
+FULL_VOCABULARY_OBJECTIVES: frozenset[Objective] = frozenset({"vopd-full", "full-kl"})
+
+
+class Settings(BaseModel):
+    """Unknown keys are errors; values are checked when they are set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(Settings):
+    """How to reach the teacher."""
+
+    teacher_url: list[str] = Field(
+        default_factory=list,
+        description="Address of the teacher, grpc://host:port or grpcs://host:port; several replicas of one teacher: repeat or separate by commas.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File that holds the API key (sent over TLS or to loopback only)."
+    )
+    plaintext: bool = Field(
+        False, description="Send the API key over an unencrypted connection to another machine."
+    )
+    tls_ca_file: Path | None = Field(
+        None,
+        description="PEM file with the certificate authority of a grpcs:// teacher; default: the system's.",
+    )
+    teacher_timeout_s: float = Field(
+        600.0, gt=0, description="Seconds without any progress of the teacher after which it counts as gone."
+    )
+    teacher_window: int = Field(
+        64, ge=1, description="Sequences sent to the teacher and not yet answered, at most."
+    )
+    score_float_type: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="Type of the scores on the wire."
+    )
+
+
+class TrainConfig(TeacherConfig):
+    """One training run."""
+
+    # --- who and what
+    student: str = Field(description="Student model: a directory or a hub id.")
+    prompts: str = Field(
+        description="Training prompts: a .jsonl or .parquet file, or a hub data set (name, or name:split)."
+    )
+    eval_prompts: str | None = Field(
+        None, description="Held-out prompts, in the same forms; none: no evaluation."
+    )
+    output_dir: Path = Field(Path("runs"), description="Directory that holds the runs.")
+    name: str | None = Field(
+        None, description="Name of the run, a directory in output-dir; default: objective and time of start."
+    )
+    resume: bool = Field(False, description="Go on from the newest checkpoint of the run of this name.")
+    teacher_model: str | None = Field(
+        None,
+        description="Instead of teacher-url: a directory or hub id of a teacher that runs in this process.",
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the student's model files.")
+
+    # --- the objective
+    objective: Objective = Field("vopd", description="What is minimised, see docs/method.md.")
+    top_k: int = Field(100, ge=1, description="Ids in the support of a position, at most (K).")
+    support: Literal["student", "teacher"] = Field(
+        "student",
+        description="Whose top-k the support is; a teacher that cannot gather falls back to its own, and says so.",
+    )
+    support_mass: float = Field(
+        0.9999,
+        gt=0,
+        le=1,
+        description="Student probability at which a position's support stops growing; 1: always top-k ids.",
+    )
+    tail: Literal["bucket", "renormalise"] = Field(
+        "renormalise",
+        description="What is outside the support: one bucket, or left out and the support renormalised (the paper).",
+    )
+    baseline: Literal["kl", "optimal", "none"] | None = Field(
+        None,
+        description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: kl for vopd, optimal for vopd-rb.",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Temperature of the sampling and of both models' log-probabilities."
+    )
+
+    # --- rollouts
+    prompts_per_step: int = Field(8, ge=1, description="Prompts of one optimizer step, over all processes.")
+    rollouts_per_prompt: int = Field(2, ge=1, description="Completions sampled for each of them.")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Tokens of a prompt, at most; a longer one is refused before the run starts."
+    )
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
+    rollout_batch_size: int = Field(16, ge=1, description="Completions sampled side by side.")
+    end_token: Literal["map", "drop", "keep"] = Field(
+        "map",
+        description="When student and teacher end with different tokens: map the student's to the teacher's, drop its row from the loss, or keep it as it is.",
+    )
+
+    # --- optimisation
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate over the steps.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    microbatch_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Tokens, padding included, of one forward and backward pass, at most (one sequence always fits).",
+    )
+    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast over fp32 master weights.")
+    lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0: full fine-tuning.")
+    lora_alpha: float = Field(128.0, gt=0, description="LoRA alpha.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
+    seed: int = Field(
+        42,
+        ge=0,
+        description="Everything random derives from it, the step, the prompt and the rollout's index.",
+    )
+    deterministic: bool = Field(
+        False, description="The same run gives the same bits (slower; the teacher must be deterministic too)."
+    )
+    device: str | None = Field(
+        None, description="Device of the student: cpu, cuda, mps; default: the best there is."
+    )
+
+    # --- what is written
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
+    eval_max_new_tokens: int | None = Field(
+        None, ge=1, description="Tokens of a completion in evaluation; default: max-new-tokens."
+    )
+    eval_teacher: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="Measure the teacher's own exact match through the scoring service, one request a token; auto: for completions of at most 64 tokens.",
+    )
+    verifier: Verifier = Field(
+        "exact",
+        description="How a completion is compared with a row's answer, unless the row names its own verifier.",
+    )
+    checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: at the end only.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, the newest first.")
+    sample_count: int = Field(3, ge=0, description="Completions shown and written at each evaluation.")
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> TrainConfig:
+        if bool(self.teacher_url) == bool(self.teacher_model):
+            raise ValueError(
+                "give either teacher_url (a remote teacher) or teacher_model (one in this process)"
+            )
+        if self.objective in FULL_VOCABULARY_OBJECTIVES and not self.teacher_model:
+            raise ValueError(
+                f"objective {self.objective} needs the teacher's full distribution, which does not travel yet: "
+                "give teacher_model instead of teacher_url, or choose vopd or vopd-rb"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self

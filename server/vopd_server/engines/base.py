@@ -1,0 +1,37 @@
+"""What the service needs of an engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vopd_server.types import EngineInfo, ScoreRequest, Scores, TokenizerInfo
+
+
+class Engine(Protocol):
+    """Scores validated requests. Concurrent calls are batched by the engine itself.
+
+    The service guarantees: ids in [0, vocab_size), C >= 1, C + T <= max_context_length, a support kind that
+    `info.supports` holds, finite temperature > 0 (1 unless `any_temperature`). Cancelling a call gives its
+    place in the queue back.
+    """
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def tokenizer(self) -> TokenizerInfo: ...
+
+    async def start(self) -> None:
+        """Loads, warms up; returns when the first request can be scored."""
+        ...
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """Scores one completion.
+
+        Raises: EngineError when the engine failed or produced NaN; never returns invented scores.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Fails what is still queued with UnavailableError and frees the model."""
+        ...
