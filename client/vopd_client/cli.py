@@ -1,0 +1,111 @@
+"""The command `vopd-client`: what a teacher is, what it thinks of a text, training, evaluation, reports."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel
+
+from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig
+from vopd_client.errors import VopdError
+from vopd_settings import SettingsError, load_settings
+
+ENV_PREFIX = "VOPD_CLIENT_"
+S = TypeVar("S", bound=BaseModel)
+
+
+# Each command imports what it needs when it runs: asking for scores must not wait for torch.
+def _info(config: InfoConfig) -> int:
+    from vopd_client.show import show_info
+
+    show_info(config)
+    return 0
+
+
+def _score(config: ScoreConfig) -> int:
+    from vopd_client.show import show_scores
+
+    show_scores(config)
+    return 0
+
+
+def _train(config: TrainConfig) -> int:
+    from vopd_client.trainer import run_training
+
+    return run_training(config)
+
+
+def _eval(config: EvalConfig) -> int:
+    from vopd_client.evaluation import run_eval
+
+    run_eval(config)
+    return 0
+
+
+def _report(config: ReportConfig) -> int:
+    from vopd_client.report import write_report
+
+    for path in write_report(config.run_dir):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+class Command(NamedTuple):
+    settings: type[BaseModel]
+    run: Callable[..., int]
+    summary: str
+
+
+COMMANDS = {
+    "info": Command(InfoConfig, _info, "What the teacher is and what it can do."),
+    "score": Command(ScoreConfig, _score, "What the teacher thinks of a completion, token by token."),
+    "train": Command(TrainConfig, _train, "Trains a student on its own completions, scored by the teacher."),
+    "eval": Command(EvalConfig, _eval, "Exact match of a model's greedy completions, per kind of prompt."),
+    "report": Command(ReportConfig, _report, "Draws curves.png and report.html from a run's own metrics."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the return value is the exit code (2: something the user can put right)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = _command_name(arguments)
+    command = COMMANDS[name]
+    rest = arguments[1:]
+    if name == "report" and rest and not rest[0].startswith("-"):
+        rest = ["--run-dir", *rest]  # `vopd-client report runs/demo`
+    try:
+        config = load_settings(
+            command.settings,
+            rest,
+            prog=f"vopd-client {name}",
+            env_prefix=ENV_PREFIX,
+            description=command.summary,
+            other_settings=[other.settings for other in COMMANDS.values()],
+        )
+        return command.run(config)
+    except (SettingsError, VopdError) as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"vopd-client {name}: {line}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _command_name(arguments: Sequence[str]) -> str:
+    """The subcommand; prints the list of them and exits when there is none."""
+    parser = argparse.ArgumentParser(
+        prog="vopd-client",
+        usage="vopd-client COMMAND [--config FILE] [--some-setting VALUE ...]",
+        description="Learn from a remote teacher. `vopd-client COMMAND --help` lists a command's settings.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["commands:", *(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())]),
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS))
+    return str(parser.parse_args(arguments[:1]).command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The vopd teacher service: scores students' own completions for many training jobs."""
