@@ -1,16 +1,26 @@
 """Rollouts and their scores as padded tensors.
 
 Axes: B sequences, S input tokens (prompt + completion, right-padded), T completion tokens, K support size,
-V vocabulary. Row t of every [B, T] array belongs to completion token t, which the model predicts from input
-position `row_index_BT[b, t]` = C_b - 1 + t.
+V vocabulary, C prompt tokens. Row t of every [B, T] array belongs to completion token t, which the model predicts
+from input position `row_index_BT[b, t]` = C_b - 1 + t.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from vopd_client.alignment import AlignedSequence, SupportOwner, align
+from vopd_client.errors import AlignmentError
+from vopd_client.rollouts.base import Rollout
+from vopd_client.types import SequenceScores
+from vopd_proto.arrays import Float32Array
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,121 @@ class Batch:
         return int(self.loss_mask_BT.sum())
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+
+def collate(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[SequenceScores],
+    *,
+    prompt_names: Sequence[str],
+    pad_id: int,
+    num_shared_ids: int,
+    support: SupportOwner = "student",
+    max_support: int | None = None,
+    drop_end_ids: frozenset[int] = frozenset(),
+    teacher_full: Sequence[Float32Array] | None = None,
+) -> Batch:
+    """Pads rollouts and their scores into one microbatch; nothing is invented and nothing is dropped silently.
+
+    Args:
+        scores: one a rollout, in the same order. With support "student" their support log-probabilities belong to
+            the rollout's recorded ids, in the same flat order; with "teacher" S is the teacher's own ids, as they
+            came; with "none" S is empty. From S come out the ids that one side does not have: those outside
+            [0, num_shared_ids) and those with a teacher log-probability of -inf.
+        prompt_names: file:line of each rollout's prompt.
+        pad_id: fills input_ids_BS; an embedding row must exist for it.
+        max_support: the most ids a position may have; None: any number.
+        drop_end_ids: a completion that ended with one of these has its last row masked out of the loss.
+        teacher_full: the teacher's log-probabilities, [T, >= num_shared_ids] a rollout; cut to the shared ids.
+
+    Raises: AlignmentError when numbers of rows or ids disagree, for a sampled token in the loss that the two sides
+        do not share, and for an id that occurs twice in one position's support.
+    """
+    if not len(rollouts) == len(scores) == len(prompt_names) > 0:
+        raise AlignmentError(
+            f"{len(rollouts)} rollouts, {len(scores)} scores and {len(prompt_names)} prompt names make no batch"
+        )
+    aligned = [
+        align(
+            rollout,
+            score,
+            prompt_name=name,
+            support=support,
+            num_shared_ids=num_shared_ids,
+            max_support=max_support,
+            drop_end_ids=drop_end_ids,
+        )
+        for rollout, score, name in zip(rollouts, scores, prompt_names, strict=True)
+    ]
+    inputs = [np.concatenate([rollout.prompt_ids, rollout.completion_ids]) for rollout in rollouts]
+    # Row C-1, the last of the prompt, predicts completion token 0.
+    rows = [np.arange(len(r.completion_ids)) + len(r.prompt_ids) - 1 for r in rollouts]
+    return Batch(
+        input_ids_BS=_pad(inputs, fill=pad_id),
+        attention_mask_BS=_pad([np.ones(len(ids), np.int64) for ids in inputs]),
+        row_index_BT=_pad(rows),
+        completion_ids_BT=_pad([sequence.completion_ids_T for sequence in aligned]),
+        loss_mask_BT=_pad([sequence.in_loss_T for sequence in aligned]),
+        support_ids_BTK=_pad([sequence.support_ids_TK for sequence in aligned]),
+        support_mask_BTK=_pad([sequence.support_mask_TK for sequence in aligned]),
+        behaviour_logprobs_BT=_pad([sequence.behaviour_logprobs_T for sequence in aligned]),
+        teacher_logprobs_BT=_pad([sequence.teacher_logprobs_T for sequence in aligned]),
+        teacher_support_logprobs_BTK=_pad([sequence.teacher_support_logprobs_TK for sequence in aligned]),
+        teacher_full_logprobs_BTV=None
+        if teacher_full is None
+        else _pad_full(teacher_full, aligned, num_shared_ids, prompt_names),
+        prompt_names=tuple(prompt_names),
+    )
+
+
+def _pad(arrays: Sequence[npt.NDArray[Any]], *, fill: int = 0) -> Tensor:
+    """Stacks arrays of one dtype and rank, each padded at its ends to the largest, [B, ...]."""
+    shape = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True))
+    padded = np.full((len(arrays), *shape), fill, arrays[0].dtype)
+    for target, array in zip(padded, arrays, strict=True):
+        target[tuple(slice(size) for size in array.shape)] = array
+    return torch.from_numpy(padded)
+
+
+def _pad_full(
+    teacher_full: Sequence[Float32Array],
+    aligned: Sequence[AlignedSequence],
+    num_shared_ids: int,
+    prompt_names: Sequence[str],
+) -> Tensor:
+    """The teacher's whole distributions over the shared ids, [B, T, num_shared_ids]; 0 at rows outside the loss."""
+    if len(teacher_full) != len(aligned):
+        raise AlignmentError(f"{len(teacher_full)} full teacher arrays for {len(aligned)} rollouts")
+    cut = []
+    for full_TV, sequence, name in zip(teacher_full, aligned, prompt_names, strict=True):
+        num_tokens = len(sequence.in_loss_T)
+        if len(full_TV) != num_tokens or full_TV.shape[1] < num_shared_ids:
+            raise AlignmentError(
+                f"the teacher's full log-probabilities for {name} are {list(full_TV.shape)}; "
+                f"{num_tokens} completion tokens and {num_shared_ids} shared ids need them"
+            )
+        shared_TV = full_TV[:, :num_shared_ids].astype(np.float32, copy=False)
+        cut.append(np.where(sequence.in_loss_T[:, None], shared_TV, np.float32(0)))
+    return _pad(cut)
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups sequences so that none pads to more than `max_tokens`: (sequences) x (longest of them).
+
+    Sequences of like length go together, the longest first, so what does not fit in memory fails at once. A sequence
+    longer than max_tokens makes a microbatch of its own. The same lengths give the same plan.
+
+    Args: lengths: input tokens of each sequence. Returns: indices into `lengths`, each once.
+    """
+    plan: list[list[int]] = []
+    longest = 0  # of the microbatch being filled
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if plan and (len(plan[-1]) + 1) * longest <= max_tokens:
+            plan[-1].append(index)
+        else:
+            plan.append([index])
+            longest = lengths[index]
+    return plan
