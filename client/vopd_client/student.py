@@ -1,0 +1,203 @@
+"""The student: a causal LM whose forward returns log-probabilities at the completion's rows only.
+
+Axes: B sequences, S input tokens (right-padded), T completion tokens, K support size, N scored completion tokens,
+H hidden size, V vocabulary (the ids that both sides have).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vopd_client.linear_logprobs import full_logprobs, linear_logprobs
+from vopd_client.model_files import (
+    add_lora,
+    end_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    lora_layers,
+    max_input_length,
+    merged_state_dict,
+    without_peft_wrapper,
+)
+from vopd_client.output_head import check_output_head, hidden_states, logit_transform, output_head
+
+
+class StudentOutputs(NamedTuple):
+    """Row t belongs to completion token t; everything is 0 outside the loss mask, and float32."""
+
+    sampled_logprobs_BT: Tensor  # gradient
+    support_logprobs_BTK: Tensor  # gradient; 0 at pad columns
+    sum_pi_squared_BT: Tensor  # no gradient
+    full_logprobs_BTV: Tensor | None  # gradient; only when asked for
+
+
+class StudentForTraining(nn.Module):
+    """Wraps a causal LM, plain or with LoRA, as `model`.
+
+    The output layer runs inside this forward, so that the hooks of DDP and FSDP see its weight being used. The
+    trainer sets `temperature` and, after the handshake, `num_shared_ids` (until then: all ids of the output layer).
+
+    Raises: ConfigError when the logits of this architecture cannot be computed from its hidden states.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+        check_output_head(self.causal_lm)
+        self.temperature = 1.0
+        self.num_shared_ids = self.vocab_size
+        self.train()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model; LoRA layers, where there are any, sit inside it."""
+        return without_peft_wrapper(self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the output layer scores, padding of the embedding included."""
+        return int(output_head(self.causal_lm).out_features)
+
+    def train(self, mode: bool = True) -> StudentForTraining:
+        """Training mode turns on LoRA's dropout and nothing else.
+
+        The model's own dropout stays off: pi in the training forward is to be the pi that sampled.
+        """
+        super().train(False)
+        self.training = mode
+        for layer in lora_layers(self.causal_lm).values():
+            layer.lora_dropout.train(mode)
+        return self
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        attention_mask_BS: Tensor,
+        row_index_BT: Tensor,
+        completion_ids_BT: Tensor,
+        support_ids_BTK: Tensor,
+        support_mask_BTK: Tensor,
+        loss_mask_BT: Tensor,
+        *,
+        want_full: bool = False,
+    ) -> StudentOutputs:
+        """Log-probabilities at the run's temperature, over the first `num_shared_ids` ids, natural log.
+
+        The arguments are the fields of `Batch`. Logits are computed at the N rows inside loss_mask_BT only:
+        neither prompts nor padding cost any.
+        """
+        hidden_BSH = hidden_states(self.causal_lm, input_ids_BS, attention_mask_BS)
+        scored = sequence_N, token_N = loss_mask_BT.nonzero(as_tuple=True)
+        hidden_NH = hidden_BSH[sequence_N, row_index_BT[scored]]
+        head = output_head(self.causal_lm)
+        transform = logit_transform(self.causal_lm)
+
+        logprobs = linear_logprobs(
+            hidden_NH,
+            head.weight,
+            head.bias,
+            completion_ids_BT[scored],
+            support_ids_BTK[scored],
+            support_mask_BTK[scored],
+            temperature=self.temperature,
+            num_shared_ids=self.num_shared_ids,
+            logit_scale=transform.scale,
+            softcap=transform.softcap,
+        )
+        full_NV = None
+        if want_full:
+            full_NV = full_logprobs(
+                hidden_NH,
+                head.weight,
+                head.bias,
+                temperature=self.temperature,
+                num_shared_ids=self.num_shared_ids,
+                logit_scale=transform.scale,
+                softcap=transform.softcap,
+            )
+
+        def padded(values: Tensor) -> Tensor:
+            """[N, ...] -> [B, T, ...], 0 outside the mask."""
+            empty = values.new_zeros((*loss_mask_BT.shape, *values.shape[1:]))
+            return empty.index_put((sequence_N, token_N), values)
+
+        return StudentOutputs(
+            sampled_logprobs_BT=padded(logprobs.sampled_N),
+            support_logprobs_BTK=padded(logprobs.support_NK),
+            sum_pi_squared_BT=padded(logprobs.sum_pi_squared_N),
+            full_logprobs_BTV=None if full_NV is None else padded(full_NV),
+        )
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A student, ready to be trained or evaluated.
+
+    end_ids: the generation config's end tokens and the tokenizer's; may be empty.
+    pad_id: the tokenizer's, else an end token, else 0; only ever used where it is masked.
+    max_length: tokens of prompt and completion together, at most.
+    vocab_size: ids that the output layer scores.
+    """
+
+    module: StudentForTraining
+    tokenizer: Any
+    end_ids: frozenset[int]
+    pad_id: int
+    max_length: int
+    vocab_size: int
+
+
+def load_student(
+    path: str | Path,
+    *,
+    lora_rank: int = 0,
+    lora_alpha: float = 128.0,
+    lora_dropout: float = 0.0,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> LoadedStudent:
+    """Loads a model directory or hub id with float32 master weights, in training mode.
+
+    With `lora_rank` > 0 only LoRA adapters are trainable; they start from torch's global random generator, so
+    seed it first. `device` None means the best there is.
+
+    Raises: ConfigError, which names the path, when it does not exist, is damaged, is not a causal LM, has no
+        tokenizer, or computes logits in a way that is not known here.
+    """
+    model = load_causal_lm(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    end_ids = end_token_ids(model, tokenizer)
+    max_length = max_input_length(model)
+    if lora_rank > 0:
+        model = add_lora(model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+    module = StudentForTraining(model.to(_best_device() if device is None else torch.device(device)))
+    pad_id = tokenizer.pad_token_id
+    return LoadedStudent(
+        module=module,
+        tokenizer=tokenizer,
+        end_ids=end_ids,
+        pad_id=pad_id if pad_id is not None else min(end_ids, default=0),
+        max_length=max_length,
+        vocab_size=module.vocab_size,
+    )
+
+
+def save_student(module: StudentForTraining, tokenizer: Any, directory: Path) -> None:
+    """Writes a directory that plain transformers loads: weights with LoRA merged in, configs, tokenizer, template.
+
+    The module itself is not touched: merging in place and back would change its weights in the last bits.
+    """
+    module.causal_lm.save_pretrained(directory, state_dict=merged_state_dict(module.causal_lm))
+    tokenizer.save_pretrained(directory)
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
