@@ -1,0 +1,327 @@
+"""The embedded engine: any causal LM that transformers loads, on any device it runs on.
+
+The queue, the planning and the futures live on the event loop; one worker thread runs the model, one forward
+at a time. Between two passes the queue is looked at again, so what arrived meanwhile joins the next pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import transformers
+
+from vopd_server.engines.batching import Shape, plan_next_pass
+from vopd_server.engines.forward import ContextStates, Forwarded, context_key
+from vopd_server.engines.loading import DtypeName, choose_device, load_model
+from vopd_server.engines.scoring_model import ScoringModel, scoring_model
+from vopd_server.errors import EngineError, InvalidRequestError, TeacherError, UnavailableError
+from vopd_server.types import EngineInfo, ScoreRequest, Scores, TeacherTopK, TokenizerInfo, empty_scores
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start. Token counts are of what the model read."""
+
+    requests_scored: int = 0
+    passes: int = 0
+    forwards: int = 0
+    tokens_forwarded: int = 0  # padding included
+    padding_tokens: int = 0
+    context_tokens_reused: int = 0  # read once for a group instead of once a completion
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Queued:
+    number: int  # of arrival
+    request: ScoreRequest
+    shape: Shape
+    answer: asyncio.Future[Scores]
+    queued_at_s: float
+
+
+class TransformersEngine:
+    """Scores with a transformers causal LM; implements `vopd_server.engines.base.Engine`, any temperature.
+
+    model: a directory or a hub id. revision: a hub branch, tag or commit.
+    dtype: "auto" is the checkpoint's own. On a CPU with AMX or AVX512-BF16, "bfloat16" is several times
+        faster than "float32".
+    device: None takes the accelerator there is, else the CPU.
+    max_context_length: context + completion tokens of one request; the model's own limit bounds it.
+    max_batch_tokens: padded tokens one forward may hold, cached contexts included; a longer request runs alone.
+    deterministic: every forward's shape depends on its request alone (one row; a context, then its
+        completion on its cache), so the same request gives the same bits in whatever company, from run to
+        run, on the same machine and number of threads. Slower: nothing is batched but contexts stay shared.
+    trust_remote_code: run model code that comes with the weights.
+    chunk_elements: float32 logits that exist at once; None picks by device.
+
+    All calls but `full_logprobs` belong to the event loop that called `start`. CPU threads are whatever torch
+    was told to use. `deterministic` sets no global switch of torch: on an accelerator it rests on kernels
+    that are deterministic for a fixed shape, as the matrix products and attention of dense models are.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None = None,
+        dtype: DtypeName = "auto",
+        device: str | None = None,
+        max_context_length: int | None = None,
+        max_batch_tokens: int = 16_384,
+        deterministic: bool = False,
+        trust_remote_code: bool = False,
+        chunk_elements: int | None = None,
+    ) -> None:
+        self._model_id = model
+        self._max_batch_tokens = max_batch_tokens
+        self._deterministic = deterministic
+        self._load: Callable[[], ScoringModel] = lambda: scoring_model(
+            load_model(
+                model,
+                revision=revision,
+                dtype=dtype,
+                device=choose_device(device),
+                max_context_length=max_context_length,
+                trust_remote_code=trust_remote_code,
+            ),
+            chunk_elements=chunk_elements,
+        )
+        self._scoring_model: ScoringModel | None = None
+        self._info: EngineInfo | None = None  # outlives the model, as the tokenizer does
+        self._tokenizer: TokenizerInfo | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vopd-engine")
+        self._queue: dict[int, _Queued] = {}  # by arrival number, so oldest first
+        self._num_arrived = 0
+        self._has_work = asyncio.Event()
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self._stats = EngineStats()
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None, "not started"
+        return self._info
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        assert self._tokenizer is not None, "not started"
+        return self._tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def start(self) -> None:
+        """Loads the model in the worker thread and compares it with itself; see `probe`.
+
+        Raises: ConfigError when the model cannot be loaded or its own logits cannot be reproduced.
+        """
+        assert self._dispatcher is None, "started twice"
+        try:
+            loaded = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+        except TeacherError:
+            self._executor.shutdown(wait=False)
+            raise
+        self._scoring_model, self._tokenizer = loaded, loaded.tokenizer
+        self._info = EngineInfo(
+            model_id=self._model_id,
+            model_revision=loaded.revision,
+            engine="transformers",
+            engine_version=transformers.__version__,
+            dtype=loaded.dtype_name,
+            vocab_size=loaded.head.vocab_size,
+            hidden_size=loaded.head.hidden_size,
+            max_context_length=loaded.max_context_length,
+            supports=frozenset({"sampled", "teacher_top_k", "candidates"}),
+            any_temperature=True,
+            deterministic=self._deterministic,
+        )
+        self._dispatcher = asyncio.create_task(self._dispatch(), name="vopd-engine-dispatcher")
+        self._dispatcher.add_done_callback(self._fail_what_is_left)
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """Queues one request and waits for its scores; cancelling it takes it out of the queue.
+
+        Raises: EngineError when the model failed or gave NaN; UnavailableError before `start` and after
+            `close`; InvalidRequestError for a k beyond the vocabulary.
+        """
+        loaded = self._loaded()
+        if isinstance(request.support, TeacherTopK) and request.support.k > loaded.head.vocab_size:
+            raise InvalidRequestError("k", f"{request.support.k} > vocab_size {loaded.head.vocab_size}")
+        if len(request.completion_ids) == 0:
+            return empty_scores(request)
+        shape = Shape(context_key(request), len(request.context_ids), len(request.completion_ids))
+        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+        queued = _Queued(self._num_arrived, request, shape, answer, time.perf_counter())
+        self._num_arrived += 1
+        self._queue[queued.number] = queued
+        # The dispatcher wakes after every call that is ready now has queued: a gather() becomes one batch.
+        self._has_work.set()
+        try:
+            return await answer
+        finally:
+            self._queue.pop(queued.number, None)
+
+    def full_logprobs(self, request: ScoreRequest) -> torch.Tensor:
+        """[T, V] float32 log-probabilities on the model's device, for a trainer in this process.
+
+        Blocks: call it from a thread that is not the event loop's. It waits for its turn with the model.
+
+        Raises: EngineError when the model failed or gave NaN; UnavailableError as `score`.
+        """
+        loaded = self._loaded()
+        running = self._executor.submit(loaded.full_logprobs, request, on_cache=self._deterministic)
+        if (error := running.exception()) is not None:
+            raise _engine_error(error) from error
+        logprobs_TV = running.result()
+        if logprobs_TV[:, 0].isnan().any():  # one NaN in a row is NaN in its normaliser
+            raise EngineError("the model gave NaN log-probabilities")
+        return logprobs_TV
+
+    async def close(self) -> None:
+        """Fails what is queued with UnavailableError, waits for the forward in flight, frees the model."""
+        self._is_closing = True
+        self._has_work.set()
+        if self._dispatcher is not None:
+            await asyncio.wait((self._dispatcher,))
+        await asyncio.to_thread(self._executor.shutdown)
+        self._scoring_model = None
+
+    def _loaded(self) -> ScoringModel:
+        if self._scoring_model is None or self._dispatcher is None:
+            raise UnavailableError("the engine is not started")
+        if self._is_closing or self._dispatcher.done():
+            raise UnavailableError("the engine is closing")
+        return self._scoring_model
+
+    async def _dispatch(self) -> None:
+        """Runs passes while there is something queued, until the engine closes."""
+        while not self._is_closing:
+            await self._has_work.wait()
+            self._has_work.clear()
+            while self._queue and not self._is_closing:
+                await self._run_next_pass()
+
+    async def _run_next_pass(self) -> None:
+        assert self._scoring_model is not None
+        queued = [entry for entry in self._queue.values() if not entry.answer.done()]
+        if not queued:
+            self._queue.clear()  # cancelled calls only, which have yet to take themselves out
+            return
+        plan = plan_next_pass(
+            [entry.shape for entry in queued],
+            max_tokens=self._max_batch_tokens,
+            can_share=self._scoring_model.can_share_contexts,
+            one_by_one=self._deterministic,
+        )
+        members = [queued[index] for index in plan.members]
+        for entry in members:
+            del self._queue[entry.number]
+        started_at_s = time.perf_counter()
+        states = None
+        if plan.shares_contexts:
+            requests = [entry.request for entry in members]
+            outcome = await self._in_worker(lambda model: model.read_contexts(requests))
+            if isinstance(outcome, BaseException):
+                _fail(members, outcome)
+                return
+            states, forwarded = outcome
+            self._count(forwarded, context_tokens_reused=_tokens_reused(members))
+        contexts_time_s = time.perf_counter() - started_at_s
+        for wave in plan.waves:
+            await self._run_wave([queued[index] for index in wave], states, contexts_time_s)
+        self._stats = replace(self._stats, passes=self._stats.passes + 1)
+
+    async def _run_wave(self, entries: list[_Queued], states: ContextStates | None, contexts_time_s: float) -> None:
+        """One forward; hands every request its own answer. Calls cancelled meanwhile are left out."""
+        waiting = [entry for entry in entries if not entry.answer.done()]
+        if not waiting:
+            return
+        if self._is_closing:
+            _fail(waiting, UnavailableError("the engine is closing"))
+            return
+        requests = [entry.request for entry in waiting]
+        started_at_s = time.perf_counter()
+        outcome = await self._in_worker(lambda model: model.score(requests, states))
+        if isinstance(outcome, BaseException):
+            _fail(waiting, outcome)
+            return
+        results, forwarded = outcome
+        engine_time_s = contexts_time_s + time.perf_counter() - started_at_s
+        self._count(forwarded, requests_scored=len(requests))
+        for entry, result in zip(waiting, results, strict=True):
+            if entry.answer.done():
+                continue
+            if isinstance(result, EngineError):
+                entry.answer.set_exception(result)
+                continue
+            queue_time_s = started_at_s - contexts_time_s - entry.queued_at_s
+            timed = replace(result, queue_time_s=queue_time_s, engine_time_s=engine_time_s)
+            entry.answer.set_result(timed)
+
+    async def _in_worker(self, call: Callable[[ScoringModel], Result]) -> Result | BaseException:
+        """Runs `call` in the worker thread and returns what it returns or raises: the dispatcher lives on."""
+        assert self._scoring_model is not None
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._executor, call, self._scoring_model)
+        await asyncio.wait((running,))
+        error = running.exception()
+        if error is None:
+            return running.result()
+        logger.error("a batch failed", exc_info=error)
+        traceback.clear_frames(error.__traceback__)  # they hold the batch's tensors; out of memory is likely
+        return error
+
+    def _count(self, forwarded: Forwarded, *, requests_scored: int = 0, context_tokens_reused: int = 0) -> None:
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            requests_scored=stats.requests_scored + requests_scored,
+            forwards=stats.forwards + forwarded.forwards,
+            tokens_forwarded=stats.tokens_forwarded + forwarded.tokens,
+            padding_tokens=stats.padding_tokens + forwarded.padding_tokens,
+            context_tokens_reused=stats.context_tokens_reused + context_tokens_reused,
+        )
+
+    def _fail_what_is_left(self, dispatcher: asyncio.Task[None]) -> None:
+        """Nobody waits for a dispatcher that has ended, whatever ended it."""
+        error = None if dispatcher.cancelled() else dispatcher.exception()
+        if error is not None:
+            logger.error("the engine's dispatcher failed", exc_info=error)
+        _fail(self._queue.values(), error or UnavailableError("the engine is closing"))
+        self._queue.clear()
+
+
+def _fail(entries: Iterable[_Queued], error: BaseException) -> None:
+    """Every caller gets an exception of its own: one shared would collect all their tracebacks."""
+    for entry in entries:
+        if entry.answer.done():
+            continue
+        if isinstance(error, UnavailableError):
+            entry.answer.set_exception(UnavailableError(str(error)))
+        else:
+            entry.answer.set_exception(_engine_error(error))
+
+
+def _engine_error(error: BaseException) -> EngineError:
+    engine_error = EngineError(f"the model failed: {type(error).__name__}: {error}")
+    engine_error.__cause__ = error
+    return engine_error
+
+
+def _tokens_reused(entries: Sequence[_Queued]) -> int:
+    """Context tokens that a pass without sharing would have read again."""
+    distinct = {entry.shape.context_key: entry.shape.context_length for entry in entries}
+    return sum(entry.shape.context_length for entry in entries) - sum(distinct.values())

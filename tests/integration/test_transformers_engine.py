@@ -1,0 +1,519 @@
+"""The transformers engine on real (mostly tiny) models, against a plain forward of one sequence at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from tiny_model import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
+from vopd_proto.arrays import IntArray
+from vopd_server.engines.loading import LoadedModel, directory_revision
+from vopd_server.engines.scoring_model import scoring_model
+from vopd_server.engines.transformers import EngineStats, TransformersEngine
+from vopd_server.errors import ConfigError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.types import Candidates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
+
+V = 259  # of the tiny model
+TOLERANCE_NATS = 1e-4
+
+
+@asynccontextmanager
+async def serving(model_dir: Path, **settings: Any) -> AsyncIterator[TransformersEngine]:
+    engine = TransformersEngine(model=str(model_dir), device="cpu", **settings)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def score_all(engine: TransformersEngine, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    return list(await asyncio.gather(*map(engine.score, requests)))
+
+
+def request(
+    context_ids: IntArray, completion_ids: IntArray, support: Support | None = None, temperature: float = 1.0
+) -> ScoreRequest:
+    return ScoreRequest("test", context_ids, completion_ids, support or NoSupport(), temperature)
+
+
+def random_requests(
+    rng: np.random.Generator, count: int, *, vocab_size: int = V, max_length: int = 40
+) -> list[ScoreRequest]:
+    """Half of them on four shared contexts; completions from none to 24 tokens; every support; three temperatures."""
+    shared = [rng.integers(0, vocab_size, rng.integers(1, max_length)) for _ in range(4)]
+    requests = []
+    for index in range(count):
+        alone = rng.integers(0, vocab_size, rng.integers(1, max_length))
+        length = int(rng.choice([0, 1, 1, 2, 7, 24]))
+        counts_T = rng.integers(0, 6, length)
+        supports = (NoSupport(), TeacherTopK(5), Candidates(rng.integers(0, vocab_size, counts_T.sum()), counts_T))
+        requests.append(
+            request(
+                shared[index % 4] if index % 2 else alone,
+                rng.integers(0, vocab_size, length),
+                supports[index % 3],
+                temperature=float(rng.choice([1.0, 0.4, 2.0])),
+            )
+        )
+    return requests
+
+
+def plain_logprobs(model: Any, asked: ScoreRequest) -> np.ndarray[Any, Any]:
+    """[T, V] by one forward of the one sequence: the reference."""
+    ids = torch.as_tensor(np.concatenate((asked.context_ids, asked.completion_ids)))
+    first = len(asked.context_ids) - 1
+    with torch.inference_mode():
+        logits_TV = model(input_ids=ids[None]).logits[0, first : first + len(asked.completion_ids)]
+        logprobs: np.ndarray[Any, Any] = (logits_TV.float() / asked.temperature).log_softmax(-1).numpy()
+    return logprobs
+
+
+def assert_close_to_plain(model: Any, asked: ScoreRequest, scores: Scores) -> None:
+    expected_TV = plain_logprobs(model, asked)
+    positions = np.arange(len(asked.completion_ids))
+
+    def close(actual: Any, expected: Any) -> None:
+        np.testing.assert_allclose(actual, expected, atol=TOLERANCE_NATS, rtol=0)
+
+    close(scores.sampled_logprobs_T, expected_TV[positions, asked.completion_ids])
+    match asked.support:
+        case Candidates(ids=ids, counts_T=counts_T):
+            close(scores.support_logprobs, expected_TV[np.repeat(positions, counts_T), ids])
+        case TeacherTopK(k=k):
+            assert scores.support_ids_TK is not None
+            close(scores.support_logprobs, -np.sort(-expected_TV, axis=-1)[:, :k])
+            close(scores.support_logprobs, np.take_along_axis(expected_TV, scores.support_ids_TK, 1))
+        case _:
+            assert scores.support_logprobs is None
+            assert scores.support_ids_TK is None
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model_dir: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+# ------------------------------------------------------------------ right, whatever the company
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_batch_tokens": 100}, {"deterministic": True}, {"chunk_elements": 3 * V}]
+)
+async def test_scores_equal_a_plain_forward_whatever_the_batch(
+    tiny_model_dir: Path, tiny_model: Any, settings: dict[str, Any]
+) -> None:
+    requests = random_requests(np.random.default_rng(0), 60)
+    async with serving(tiny_model_dir, **settings) as engine:
+        scores = await score_all(engine, requests)
+    for asked, answer in zip(requests, scores, strict=True):
+        assert_close_to_plain(tiny_model, asked, answer)
+
+
+async def test_scores_of_the_demo_model_equal_a_plain_forward(demo_model_dir: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_dir).eval()
+    requests = random_requests(np.random.default_rng(1), 14, vocab_size=49_152, max_length=20)
+    async with serving(demo_model_dir) as engine:
+        scores = await score_all(engine, requests)
+        assert engine.stats.context_tokens_reused > 0
+    for asked, answer in zip(requests, scores, strict=True):
+        assert_close_to_plain(model, asked, answer)
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+}
+SMALL_GPT: dict[str, Any] = {"vocab_size": V, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
+ARCHITECTURES: dict[str, tuple[Any, bool]] = {  # config, and whether its contexts can be shared
+    "cohere": (transformers.CohereConfig(**COMMON, logit_scale=0.0625), True),
+    "gemma2": (transformers.Gemma2Config(**COMMON, head_dim=8, sliding_window=5, final_logit_softcapping=3.0), True),
+    "gpt2": (transformers.GPT2Config(**SMALL_GPT, bos_token_id=0, eos_token_id=0, initializer_range=0.3), True),
+    "granite": (transformers.GraniteConfig(**COMMON, logits_scaling=8.0), True),
+    "mistral": (transformers.MistralConfig(**COMMON, sliding_window=5), True),
+    "opt": (transformers.OPTConfig(**SMALL_GPT, ffn_dim=64, word_embed_proj_dim=16, init_std=0.3), True),
+    "phi": (transformers.PhiConfig(**{**COMMON, "num_key_value_heads": 4}), True),  # a bias in its head
+    "recurrent_gemma": (
+        transformers.RecurrentGemmaConfig(**{**COMMON, "num_hidden_layers": 3}, lru_width=32, attention_window_size=64),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_other_architectures_score_as_they_do_themselves(name: str, tmp_path: Path) -> None:
+    config, shares = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    requests = random_requests(np.random.default_rng(2), 24)
+    async with serving(tmp_path) as engine:
+        scores = await score_all(engine, requests)
+        assert (engine.stats.context_tokens_reused > 0) == shares
+    for asked, answer in zip(requests, scores, strict=True):
+        assert_close_to_plain(model, asked, answer)
+
+
+async def test_ids_beyond_the_tokenizer_are_scored_when_the_head_is_padded(tmp_path: Path) -> None:
+    padded = write_tiny_model(tmp_path, vocab_padding=61)
+    model = transformers.AutoModelForCausalLM.from_pretrained(padded).eval()
+    asked = request(np.array([1, 2]), np.array([V + 60, 3]), TeacherTopK(V + 61))
+    async with serving(padded) as engine:
+        assert engine.info.vocab_size == V + 61
+        assert len(engine.tokenizer.tokens) == V
+        assert_close_to_plain(model, asked, await engine.score(asked))
+
+
+async def test_full_logprobs_equal_a_plain_forward_and_may_enter_a_loss(tiny_model_dir: Path, tiny_model: Any) -> None:
+    asked = request(np.arange(9), np.arange(20, 26), temperature=0.7)
+    async with serving(tiny_model_dir) as engine:
+        teacher_TV = await asyncio.to_thread(engine.full_logprobs, asked)
+        empty = await asyncio.to_thread(engine.full_logprobs, request(np.arange(9), np.arange(0)))
+    np.testing.assert_allclose(teacher_TV.numpy(), plain_logprobs(tiny_model, asked), atol=TOLERANCE_NATS)
+    assert empty.shape == (0, V)
+    student_TV = torch.zeros(6, V, requires_grad=True)
+    (student_TV * teacher_TV).sum().backward()  # an inference tensor could not be saved for this
+    torch.testing.assert_close(student_TV.grad, teacher_TV)
+
+
+# ------------------------------------------------------------------ what it costs
+
+
+async def test_a_shared_context_is_read_once(tiny_model_dir: Path) -> None:
+    context_length, group, completion_length = 50, 6, 9
+    context_ids = np.arange(context_length)
+    requests = [request(context_ids, np.arange(seed, seed + completion_length)) for seed in range(group)]
+    tokens_read: list[int] = []
+    async with serving(tiny_model_dir) as engine:
+        embedding = engine._scoring_model.backbone._base_model.get_input_embeddings()  # type: ignore[union-attr]
+        embedding.register_forward_hook(lambda _module, inputs, _output: tokens_read.append(inputs[0].numel()))
+        await score_all(engine, requests)
+        stats = engine.stats
+    # The last completion token predicts nothing asked for, so each completion costs one token less.
+    assert tokens_read == [context_length, group * (completion_length - 1)]
+    assert stats == EngineStats(
+        requests_scored=group,
+        passes=1,
+        forwards=2,
+        tokens_forwarded=context_length + group * (completion_length - 1),
+        padding_tokens=0,
+        context_tokens_reused=(group - 1) * context_length,
+    )
+
+
+async def test_a_shared_context_is_read_once_for_all_waves_of_a_small_budget(tiny_model_dir: Path) -> None:
+    requests = [request(np.arange(50), np.arange(seed, seed + 11)) for seed in range(5)]
+    async with serving(tiny_model_dir, max_batch_tokens=130) as engine:
+        await score_all(engine, requests)
+        assert engine.stats.forwards == 1 + 3  # waves of 2, 2 and 1 rows of 50 + 10 tokens
+        assert engine.stats.tokens_forwarded == 50 + 5 * 10
+
+
+async def test_one_token_completions_cost_their_contexts_alone(tiny_model_dir: Path) -> None:
+    requests = [request(np.arange(20), np.array([seed])) for seed in range(5)]
+    async with serving(tiny_model_dir) as engine:
+        await score_all(engine, requests)
+        assert (engine.stats.forwards, engine.stats.tokens_forwarded) == (1, 20)
+
+
+async def test_an_empty_completion_costs_nothing_and_has_no_rows(tiny_model_dir: Path) -> None:
+    async with serving(tiny_model_dir) as engine:
+        scores = await engine.score(request(np.arange(3), np.arange(0), TeacherTopK(4)))
+        assert engine.stats.forwards == 0
+    assert scores.sampled_logprobs_T.shape == (0,)
+    assert scores.support_ids_TK is not None
+    assert scores.support_ids_TK.shape == (0, 4)
+
+
+async def test_requests_of_one_batch_report_its_time_and_their_own_wait(tiny_model_dir: Path) -> None:
+    requests = [request(np.array([seed]), np.arange(5)) for seed in range(3)]
+    async with serving(tiny_model_dir) as engine:
+        scores = await score_all(engine, requests)
+        assert engine.stats.forwards == 1
+    assert len({answer.engine_time_s for answer in scores}) == 1
+    assert scores[0].engine_time_s > 0
+    waits = [answer.queue_time_s for answer in scores]
+    assert waits == sorted(waits, reverse=True)
+    assert waits[-1] > 0
+
+
+# ------------------------------------------------------------------ deterministic
+
+DIGEST_SCRIPT = """
+import asyncio, hashlib, sys
+import numpy as np
+from vopd_server.engines.transformers import TransformersEngine
+from vopd_server.types import Candidates, ScoreRequest, TeacherTopK
+
+async def main(model_dir, concurrency):
+    rng = np.random.default_rng(3)
+    contexts = [rng.integers(0, 259, length) for length in (5, 30, 30, 61)]
+    requests = []
+    for index in range(24):
+        completion = rng.integers(0, 259, [1, 13, 40][index % 3])
+        support = TeacherTopK(6) if index % 2 else Candidates(completion[::-1].copy(), np.ones_like(completion))
+        requests.append(ScoreRequest("r", contexts[index % 4], completion, support, [1.0, 0.7][index % 2]))
+    engine = TransformersEngine(model=model_dir, device="cpu", deterministic=True, chunk_elements=7 * 259)
+    await engine.start()
+    digest = hashlib.sha256()
+    for start in range(0, len(requests), concurrency):
+        for scores in await asyncio.gather(*map(engine.score, requests[start : start + concurrency])):
+            digest.update(scores.sampled_logprobs_T.tobytes() + scores.support_logprobs.tobytes())
+    await engine.close()
+    print(digest.hexdigest(), engine.stats.forwards)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+def test_deterministic_scores_have_the_same_bits_in_any_company_and_process(tiny_model_dir: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIGEST_SCRIPT, str(tiny_model_dir), str(concurrency)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for concurrency in (1, 24)
+    ]
+    outputs = [process.communicate(timeout=200)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    digests, forwards = {digest for digest, _ in outputs}, [int(count) for _, count in outputs]
+    assert len(digests) == 1
+    assert forwards[0] > forwards[1]  # the company did differ: alone, every context was read again
+
+
+# ------------------------------------------------------------------ failures reach those they concern
+
+
+async def test_nan_fails_its_own_request_and_no_other(tmp_path: Path) -> None:
+    broken = write_tiny_model(tmp_path, tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken).eval()
+    torch.nn.init.constant_(model.get_input_embeddings().weight[200], torch.nan)
+    model.save_pretrained(broken)
+    fine = [request(np.arange(3 + seed), np.arange(1, 6), TeacherTopK(2)) for seed in range(3)]
+    poisoned = request(np.arange(4), np.array([1, 2, 200, 3]))
+    on_shared_context = request(np.arange(5), np.array([200, 3]))  # shares the context of fine[2]
+    async with serving(broken) as engine:
+        results = await asyncio.gather(*map(engine.score, [*fine, poisoned, on_shared_context]), return_exceptions=True)
+        with pytest.raises(EngineError, match="NaN"):
+            await asyncio.to_thread(engine.full_logprobs, poisoned)
+    for asked, answer in zip(fine, results[:3], strict=True):
+        assert isinstance(answer, Scores)
+        assert_close_to_plain(model, asked, answer)
+    assert isinstance(results[3], EngineError)
+    assert "of 4 completion tokens" in str(results[3])
+    assert isinstance(results[4], EngineError)
+
+
+async def test_an_exception_in_the_model_fails_its_batch_and_the_engine_serves_on(
+    tiny_model_dir: Path, tiny_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    impossible = request(np.array([V + 1]), np.array([1, 2]))  # an id that validation would have refused
+    group = [request(np.array([V + 1]), np.array([seed, 2])) for seed in range(2)]
+    asked = request(np.arange(5), np.arange(6))
+    async with serving(tiny_model_dir) as engine:
+        with pytest.raises(EngineError, match="IndexError") as caught:
+            await engine.score(impossible)
+        assert isinstance(caught.value.__cause__, IndexError)
+        for result in await asyncio.gather(*map(engine.score, group), return_exceptions=True):
+            assert isinstance(result, EngineError)  # where the shared context fails, too
+        with pytest.raises(EngineError, match="IndexError"):
+            await asyncio.to_thread(engine.full_logprobs, impossible)
+        assert_close_to_plain(tiny_model, asked, await engine.score(asked))
+    assert "a batch failed" in caplog.text
+
+
+async def test_cancelled_calls_are_dropped_before_they_run(tiny_model_dir: Path, tiny_model: Any) -> None:
+    requests = [request(np.arange(5 + seed), np.arange(6)) for seed in range(4)]
+    async with serving(tiny_model_dir) as engine:
+        calls = [asyncio.create_task(engine.score(asked)) for asked in requests]
+        await asyncio.sleep(0)  # all are queued, none has run
+        calls[0].cancel()
+        calls[2].cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert engine.stats.requests_scored == 2
+        assert engine.stats.tokens_forwarded == 2 * (8 + 5)  # 6 + 5 and 8 + 5 tokens, padded
+        lonely = asyncio.create_task(engine.score(requests[0]))
+        await asyncio.sleep(0)
+        lonely.cancel()
+        assert_close_to_plain(tiny_model, requests[0], await engine.score(requests[0]))
+    assert [type(result) for result in results[::2]] == [asyncio.CancelledError] * 2
+    for asked, answer in zip(requests[1::2], results[1::2], strict=True):
+        assert isinstance(answer, Scores)
+        assert_close_to_plain(tiny_model, asked, answer)
+
+
+async def test_close_fails_what_is_queued_and_leaves_no_thread(tiny_model_dir: Path) -> None:
+    engine = TransformersEngine(model=str(tiny_model_dir), device="cpu", max_batch_tokens=1)
+    with pytest.raises(UnavailableError, match="not started"):
+        await engine.score(request(np.arange(3), np.arange(2)))
+    await engine.start()
+    calls = [asyncio.create_task(engine.score(request(np.arange(3 + seed), np.arange(4)))) for seed in range(20)]
+    await asyncio.sleep(0)
+    await engine.close()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    kinds = {type(result) for result in results}
+    assert UnavailableError in kinds  # the budget lets one request run at a time
+    assert kinds <= {UnavailableError, Scores}
+    with pytest.raises(UnavailableError):
+        await engine.score(request(np.arange(3), np.arange(2)))
+    assert not any(thread.is_alive() for thread in engine._executor._threads)
+
+
+async def test_close_without_start_and_close_twice_are_harmless(tiny_model_dir: Path) -> None:
+    engine = TransformersEngine(model=str(tiny_model_dir), device="cpu")
+    await engine.close()
+    async with serving(tiny_model_dir) as started:
+        await started.close()
+
+
+async def test_k_beyond_the_vocabulary_is_refused_without_harm_to_others(tiny_model_dir: Path) -> None:
+    async with serving(tiny_model_dir) as engine:
+        good, bad = await asyncio.gather(
+            engine.score(request(np.arange(3), np.arange(4), TeacherTopK(V))),
+            engine.score(request(np.arange(3), np.arange(4), TeacherTopK(V + 1))),
+            return_exceptions=True,
+        )
+    assert isinstance(good, Scores)
+    assert isinstance(bad, InvalidRequestError)
+    assert "260 > vocab_size 259" in str(bad)
+
+
+# ------------------------------------------------------------------ loading
+
+
+async def test_loading_leaves_the_event_loop_free(tiny_model_dir: Path) -> None:
+    num_ticks = 0
+
+    async def tick() -> None:
+        nonlocal num_ticks
+        while True:
+            num_ticks += 1
+            await asyncio.sleep(0)
+
+    ticking = asyncio.create_task(tick())
+    async with serving(tiny_model_dir):
+        ticking.cancel()
+        assert num_ticks > 2
+
+
+async def test_info_says_what_is_served(tiny_model_dir: Path) -> None:
+    async with serving(tiny_model_dir, dtype="bfloat16", max_context_length=100_000, deterministic=True) as engine:
+        pass
+    info = engine.info  # which a closed engine still knows
+    assert info.model_id == str(tiny_model_dir)
+    assert info.model_revision == directory_revision(tiny_model_dir)
+    assert (info.engine, info.engine_version) == ("transformers", transformers.__version__)
+    assert (info.dtype, info.vocab_size, info.hidden_size) == ("bfloat16", V, 32)
+    assert info.max_context_length == 32_768  # the model's own
+    assert info.supports == {"sampled", "teacher_top_k", "candidates"}
+    assert info.any_temperature
+    assert info.deterministic
+
+
+async def test_the_tokenizer_is_described_with_every_end_id(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 3]}))
+    async with serving(directory) as engine:
+        tokenizer = engine.tokenizer
+    assert tokenizer.end_ids == (3, 257, 258)
+    assert (tokenizer.begin_id, tokenizer.pad_id) == (256, 257)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.tokens[256:] == (b"<|start|>", b"<|end|>", b"<|other_end|>")
+    rebuilt = Tokenizer.from_str(tokenizer.tokenizer_json)
+    assert rebuilt.encode("hello").ids == tiny_tokenizer().encode("hello")
+
+
+def test_a_directory_revision_follows_the_weights_and_not_the_place(tmp_path: Path) -> None:
+    first = write_tiny_model(tmp_path / "first", seed=0)
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    retrained = write_tiny_model(tmp_path / "retrained", seed=1)
+    assert directory_revision(first) == directory_revision(copied)
+    assert directory_revision(first) != directory_revision(retrained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "no/such-model"}, "cannot load the model 'no/such-model'"),
+        ({"device": "abacus"}, "'abacus' is not a device"),
+        ({"device": "meta:99"}, "'meta:99' is not on this machine"),
+    ],
+)
+async def test_what_cannot_be_loaded_is_a_config_error(
+    tiny_model_dir: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        await TransformersEngine(**{"model": str(tiny_model_dir), **settings}).start()
+
+
+async def test_damaged_weights_are_a_config_error(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path)
+    weights = directory / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ConfigError, match="cannot load the model"):
+        await TransformersEngine(model=str(directory), device="cpu").start()
+
+
+class LlamaWithSecondThoughts(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """An architecture that does to its logits what no engine could know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * torch.linspace(0.5, 1.5, outputs.logits.shape[-1])
+        return outputs
+
+
+class LlamaThatLooksAhead(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Not causal: padding behind a sequence would change its scores."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.register_forward_hook(self._mix_positions)
+
+    @staticmethod
+    def _mix_positions(_module: Any, _inputs: Any, outputs: Any) -> Any:
+        outputs.last_hidden_state = outputs.last_hidden_state + outputs.last_hidden_state.mean(1, keepdim=True)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("architecture", "through"),
+    [(LlamaWithSecondThoughts, "its output head"), (LlamaThatLooksAhead, "a padded batch")],
+)
+def test_a_model_that_cannot_be_reproduced_is_refused_by_name(
+    tiny_model_dir: Path, architecture: Any, through: str
+) -> None:
+    model = architecture.from_pretrained(tiny_model_dir).eval()
+    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), "revision", 512)
+    with pytest.raises(ConfigError, match=rf"{architecture.__name__} .* through {through}.* nats"):
+        scoring_model(loaded)
+
+
+def test_the_package_of_engines_imports_without_torch() -> None:
+    script = "import sys, vopd_server.engines, vopd_server.engines.base; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
