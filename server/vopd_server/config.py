@@ -1,0 +1,119 @@
+"""Every setting of the teacher, with its unit and default; the one source of flags, file keys and environment."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vopd_proto import MAX_MESSAGE_BYTES
+from vopd_server.answer_codec import CHUNK_BYTES, SEQUENCE_OVERHEAD_BYTES
+
+EngineName = Literal["auto", "transformers"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+
+
+class ServerConfig(BaseModel):
+    """One teacher process. Unknown keys are errors; settings that do not go together are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # --- what is served
+    model: str = Field(description="Teacher model: a directory or a hub id.")
+    revision: str | None = Field(None, description="Revision of a hub model; default: its main branch.")
+    engine: EngineName = Field("auto", description="What runs the model; auto: the best engine that is installed.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights and of the matrix products; auto: the checkpoint's own."
+    )
+    device: str | None = Field(None, description="Device of the model: cpu, cuda, cuda:1, mps; default: the best.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model files.")
+    deterministic: bool = Field(
+        False, description="The same request gives the same bits, whatever else is served beside it (slower)."
+    )
+
+    # --- where
+    host: str = Field("127.0.0.1", description="Address to listen on; one that is not loopback needs --open.")
+    port: int = Field(50051, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
+    open: bool = Field(False, description="Serve everyone who can reach the port: there are no API keys yet.")
+
+    # --- how much
+    max_context_length: int | None = Field(
+        None, ge=2, description="Context + completion tokens of one sequence, at most; default: the model's own."
+    )
+    max_batch_tokens: int = Field(
+        16_384, ge=1, description="Padded tokens in one forward pass, at most; a longer sequence runs alone."
+    )
+    max_sequences_per_request: int = Field(256, ge=1, description="Sequences in one Score request, at most.")
+    max_tokens_per_request: int = Field(
+        131_072, ge=2, description="Context + completion tokens over all sequences of one request, at most."
+    )
+    max_top_k: int = Field(1024, ge=1, description="Ids in the support of one position, at most.")
+    max_message_bytes: int = Field(
+        MAX_MESSAGE_BYTES, ge=1, description="Bytes of one gRPC message in either direction, at most."
+    )
+    queue_tokens: int = Field(
+        524_288,
+        ge=2,
+        description="Tokens admitted and not yet answered, at most; over it requests are refused and streams held.",
+    )
+
+    # --- for how long
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds after SIGTERM in which requests in flight may finish."
+    )
+    answer_timeout_s: float = Field(
+        300.0, gt=0, description="Seconds that a client may leave an answer of its stream unread before it is ended."
+    )
+
+    # --- what is written
+    log_level: LogLevel = Field("info", description="Least severe messages that are logged (to standard error).")
+    log_format: LogFormat = Field("text", description="One line of text, or one JSON object, a message.")
+
+    @model_validator(mode="after")
+    def _admitted_requests_fit(self) -> ServerConfig:
+        if self.max_tokens_per_request > self.queue_tokens:
+            raise ValueError(
+                f"max_tokens_per_request {self.max_tokens_per_request} > queue_tokens {self.queue_tokens}: "
+                "a request within its limit could never be admitted"
+            )
+        if self.max_context_length is not None and self.max_context_length > self.max_tokens_per_request:
+            raise ValueError(
+                f"max_context_length {self.max_context_length} > max_tokens_per_request "
+                f"{self.max_tokens_per_request}: a sequence within its limit could never be sent"
+            )
+        needed = least_message_bytes(self.max_tokens_per_request, self.max_sequences_per_request, self.max_top_k)
+        if self.max_message_bytes < needed:
+            raise ValueError(
+                f"max_message_bytes {self.max_message_bytes} < {needed}, which max_tokens_per_request "
+                f"{self.max_tokens_per_request}, max_sequences_per_request {self.max_sequences_per_request} "
+                f"and max_top_k {self.max_top_k} need"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_only_when_told(self) -> ServerConfig:
+        if not self.open and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines and there are no API keys: "
+                "add --open to serve everyone who can reach it, or listen on 127.0.0.1"
+            )
+        return self
+
+
+def least_message_bytes(max_tokens: int, max_sequences: int, max_top_k: int) -> int:
+    """Bytes that a request without a support, its answer, and any one chunk of an answer stay below."""
+    request_or_answer = 4 * max_tokens + SEQUENCE_OVERHEAD_BYTES * (max_sequences + 1)
+    chunk_of_one_row = max(CHUNK_BYTES, 8 * (max_top_k + 1)) + SEQUENCE_OVERHEAD_BYTES
+    return max(request_or_answer, chunk_of_one_row)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host` (a name other than localhost may be anything: no)."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,232 @@
+"""One ScoreStream: messages in, answers out as they finish.
+
+The stream reads no further while the budget is taken, so that the transport's flow control holds a fast
+sender back. A sequence that cannot be scored answers with its own failure; a message that makes no sense in
+a stream (no settings, too many contexts) ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+from vopd_proto import teacher_pb2 as pb
+from vopd_proto.arrays import IntArray
+from vopd_server.admission import Ticket
+from vopd_server.answer_codec import pack_chunks
+from vopd_server.codec import (
+    check_float_type,
+    check_no_unknown_fields,
+    parse,
+    request_id_of,
+    shape_of,
+    temperature_of,
+    unpack_ids,
+    unpack_sequence,
+)
+from vopd_server.concurrency import task_group
+from vopd_server.errors import DeadlineError, InvalidRequestError, TeacherError, UnsupportedError
+from vopd_server.grpc_errors import score_failure
+from vopd_server.service import TeacherService
+from vopd_server.validation import SequenceShape, check_temperature
+
+MAX_CONTEXTS = 4096  # kept for one stream at a time
+# How long a stream that ends early still reads. A grpc.aio client that is writing when the status arrives tells
+# its caller "INTERNAL: Internal error from Core" instead of it (https://github.com/grpc/grpc/issues/36066).
+LAST_WORDS_S = 0.5
+
+Read = Callable[[], Awaitable[bytes | None]]  # None: the client sends no more
+Write = Callable[[pb.ScoreStreamResponse], Awaitable[None]]
+
+
+class StreamContexts:
+    """The contexts that a client has sent and not released."""
+
+    def __init__(self, *, max_contexts: int, max_tokens: int) -> None:
+        self._max_contexts = max_contexts
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self._kept: dict[int, IntArray | InvalidRequestError] = {}
+
+    def keep(self, context: pb.StreamContext) -> None:
+        """Keeps a context, in the place of one of the same index. A broken one fails the sequences that use it.
+
+        Raises: InvalidRequestError when the stream would hold too many.
+        """
+        if context.context_index in self._kept:
+            self.release(context.context_index)
+        try:
+            ids = unpack_ids(context.ids, f"contexts[{context.context_index}].ids")
+        except InvalidRequestError as error:
+            self._kept[context.context_index] = error
+        else:
+            self._kept[context.context_index] = ids
+            self._num_tokens += len(ids)
+        if len(self._kept) > self._max_contexts or self._num_tokens > self._max_tokens:
+            raise InvalidRequestError(
+                "context",
+                f"{len(self._kept)} contexts of {self._num_tokens} tokens together > the {self._max_contexts} contexts "
+                f"and {self._max_tokens} tokens that a stream may keep: release those that are done with",
+            )
+
+    def release(self, context_index: int) -> None:
+        """Raises: InvalidRequestError for a context that is not there."""
+        if context_index not in self._kept:
+            raise InvalidRequestError("release_context.context_index", f"{context_index}; no such context is kept")
+        released = self._kept.pop(context_index)
+        if not isinstance(released, InvalidRequestError):
+            self._num_tokens -= len(released)
+
+    def find(self, context_index: int) -> IntArray:
+        """[C]. Raises: InvalidRequestError for a context that is broken or not there."""
+        found = self._kept.get(context_index)
+        if found is None:
+            raise InvalidRequestError("sequence.context_index", f"{context_index}; no such context is kept")
+        if isinstance(found, InvalidRequestError):
+            raise found
+        return found
+
+
+class ScoreStream:
+    """One stream, from its settings to its last answer. Tokens are held until their answer is written."""
+
+    def __init__(self, service: TeacherService, read: Read, write: Write, *, answer_timeout_s: float) -> None:
+        self._service = service
+        self._read = read
+        self._write = write
+        self._answer_timeout_s = answer_timeout_s
+        self._writing = asyncio.Lock()
+        self._contexts = StreamContexts(max_contexts=MAX_CONTEXTS, max_tokens=service.admission.budget.capacity_tokens)
+        self._settings = pb.StreamSettings()
+        self._num_answers_due = 0
+        self._no_answers_due = asyncio.Event()
+        self._no_answers_due.set()
+        self.request_id = ""
+        self.num_sequences = 0
+        self.num_tokens = 0
+
+    async def run(self) -> None:
+        """Answers until the client sends no more. When the service drains, what was let in is answered, what
+        comes later fails, and the stream ends with UnavailableError.
+
+        Raises: InvalidRequestError, UnsupportedError, UnavailableError, DeadlineError when the client leaves an
+            answer unread for too long.
+        """
+        try:
+            await self._open()
+            async with task_group() as answers:
+                reading = answers.create_task(self._read_all(answers))
+                draining = answers.create_task(self._service.wait_for_drain())
+                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                draining.cancel()
+                if not reading.done():
+                    await self._no_answers_due.wait()
+                    await asyncio.wait({reading}, timeout=LAST_WORDS_S)
+                is_cut_off = reading.cancel()
+        except (InvalidRequestError, UnsupportedError):
+            await self._hear_out()
+            raise
+        if is_cut_off:
+            self._service.check_accepting()
+
+    async def _open(self) -> None:
+        data = await self._read()
+        message = pb.ScoreStreamRequest() if data is None else parse(pb.ScoreStreamRequest, data)
+        check_no_unknown_fields(message)
+        if message.WhichOneof("message") != "settings":
+            raise InvalidRequestError("settings", "the first message of a stream must hold its settings")
+        self.request_id = request_id_of(message.settings)
+        check_temperature(temperature_of(message.settings), self._service.info)
+        check_float_type(message.settings.float_type)
+        self._settings = message.settings
+        opened = pb.StreamOpened(request_id=self.request_id, model_revision=self._service.info.model_revision)
+        await self._send(pb.ScoreStreamResponse(opened=opened))
+
+    async def _hear_out(self) -> None:
+        """Reads and drops what the client was about to send before it can hear of an error."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                while await self._read() is not None:
+                    pass
+
+    async def _read_all(self, answers: asyncio.TaskGroup) -> None:
+        while (data := await self._read()) is not None:
+            message = parse(pb.ScoreStreamRequest, data)
+            kind = message.WhichOneof("message")
+            if kind == "sequence":
+                await self._accept(message, answers)
+                continue
+            check_no_unknown_fields(message)
+            if kind == "context":
+                self._contexts.keep(message.context)
+            elif kind == "release_context":
+                self._contexts.release(message.release_context.context_index)
+            elif kind == "settings":
+                raise InvalidRequestError("settings", "sent twice; they are the first message of a stream")
+            else:
+                raise InvalidRequestError("ScoreStreamRequest", "an empty message")
+
+    async def _accept(self, message: pb.ScoreStreamRequest, answers: asyncio.TaskGroup) -> None:
+        """Waits until the sequence may come in, and leaves it to a task of its own."""
+        sequence = message.sequence
+        self.num_sequences += 1
+        arrived_s = time.monotonic()
+        try:
+            check_no_unknown_fields(message)
+            context_ids = self._contexts.find(sequence.context_index)
+            shape = shape_of(sequence, field="sequence", num_context_ids=len(context_ids))
+            ticket = await self._service.admit(shape, temperature_of(self._settings))
+        except TeacherError as error:
+            failure = pb.ScoreStreamResponse(failure=score_failure(sequence.sequence_id, error))
+            # Draining cancels who reads; what is half written must be finished for the next write to work.
+            await asyncio.shield(answers.create_task(self._send(failure)))
+            return
+        held_s = time.monotonic() - arrived_s
+        self._num_answers_due += 1
+        self._no_answers_due.clear()
+        task = answers.create_task(self._answer(sequence, shape, context_ids, held_s))
+        # Not a `finally` inside the task: one that is cancelled before its first step never gets there.
+        task.add_done_callback(partial(self._give_back, ticket))
+
+    async def _answer(self, sequence: pb.Sequence, shape: SequenceShape, context_ids: IntArray, held_s: float) -> bool:
+        """Scores and sends; whether there were scores."""
+        unpack = partial(
+            unpack_sequence,
+            sequence,
+            field=shape.field,
+            context_ids=context_ids,
+            request_id=self.request_id,
+            temperature=temperature_of(self._settings),
+        )
+        try:
+            request, scores = await self._service.score_admitted(shape, unpack)
+        except TeacherError as error:
+            await self._send(pb.ScoreStreamResponse(failure=score_failure(sequence.sequence_id, error)))
+            return False
+        scores = dataclasses.replace(scores, queue_time_s=scores.queue_time_s + held_s)
+        for chunk in pack_chunks(sequence.sequence_id, request, scores, self._settings.float_type):
+            await self._send(pb.ScoreStreamResponse(chunk=chunk))
+        self.num_tokens += shape.num_tokens
+        return True
+
+    async def _send(self, response: pb.ScoreStreamResponse) -> None:
+        """One message at a time. Raises: DeadlineError when the client does not take it."""
+        async with self._writing:
+            try:
+                async with asyncio.timeout(self._answer_timeout_s):
+                    await self._write(response)
+            except TimeoutError as error:
+                raise DeadlineError(
+                    f"an answer was left unread for {self._answer_timeout_s:g} s (answer_timeout_s)"
+                ) from error
+
+    def _give_back(self, ticket: Ticket, task: asyncio.Task[bool]) -> None:
+        answered = not task.cancelled() and task.exception() is None and task.result()
+        self._service.admission.leave(ticket, answered=answered)
+        self._num_answers_due -= 1
+        if self._num_answers_due == 0:
+            self._no_answers_due.set()

@@ -1,0 +1,104 @@
+"""A real `vopd-server serve` in a process of its own, to be killed, stopped and started again by tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+START_TIMEOUT_S = 120.0
+
+
+class RunningTeacher:
+    """A teacher that is ready, or was. As a context manager it is gone at the end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self._process = process
+        self._log_path = log_path
+        self.pid = process.pid
+        self.url = ""
+        self.port = 0
+
+    def log(self) -> str:
+        """Everything it has written so far, to standard output and standard error."""
+        return self._log_path.read_text(errors="replace")
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Returns when it has announced its address. Raises: RuntimeError, with the log, when it never will."""
+        give_up_s = time.monotonic() + timeout_s
+        while not (announced := re.search(r"ready at (grpc://\S+?:(\d+)):", self.log())):
+            code = self._process.poll()
+            if code is not None:
+                raise RuntimeError(f"the teacher ended with {code} before it was ready:\n{self.log()}")
+            if time.monotonic() > give_up_s:
+                self.kill()
+                raise RuntimeError(f"the teacher was not ready within {timeout_s} s:\n{self.log()}")
+            time.sleep(0.05)
+        self.url, self.port = announced[1], int(announced[2])
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """The exit code, once it has ended."""
+        return self._process.wait(timeout_s)
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code once it has drained."""
+        self.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL: gone at once, without a word to its clients."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> RunningTeacher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.is_running:
+            self.kill()
+        self._log_path.unlink(missing_ok=True)
+
+
+def spawn(command: Sequence[str], env: dict[str, str] | None = None) -> RunningTeacher:
+    """Starts `python COMMAND` and does not wait for it. `env` is added to this process's own."""
+    with tempfile.NamedTemporaryFile(prefix="teacher-", suffix=".log", delete=False) as log_file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+        )
+    return RunningTeacher(process, Path(log_file.name))
+
+
+def start_teacher(
+    model_dir: Path | str, *flags: str, port: int = 0, env: dict[str, str] | None = None
+) -> RunningTeacher:
+    """Serves `model_dir` and returns when the teacher is ready. Port 0: any free one.
+
+    Raises: RuntimeError, with the teacher's log, when it does not get ready.
+    """
+    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), "--port", str(port), *flags]
+    teacher = spawn(command, env)
+    try:
+        teacher.wait_until_ready()
+    except BaseException:
+        teacher.__exit__(None, None, None)
+        raise
+    return teacher

@@ -1,0 +1,182 @@
+"""The service without a transport: all or nothing, the budget given back, life and drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fake_engine import FakeEngine, fake_logprobs_TV, until
+from vopd_server.admission import Admission, TokenBudget
+from vopd_server.concurrency import deadline, task_group
+from vopd_server.errors import DeadlineError, EngineError, InvalidRequestError, OverloadedError, UnavailableError
+from vopd_server.service import TeacherService
+from vopd_server.types import NoSupport, ScoreRequest, Scores
+from vopd_server.validation import Limits, SequenceShape
+
+LIMITS = Limits(
+    max_context_length=64, max_sequences_per_request=8, max_tokens_per_request=64, max_top_k=8, max_message_bytes=2**20
+)
+
+
+async def started_service(engine: FakeEngine, queue_tokens: int = 100) -> TeacherService:
+    service = TeacherService(engine, LIMITS, Admission(TokenBudget(queue_tokens)))
+    await service.start()
+    return service
+
+
+def requests(*completions: Sequence[int]) -> list[ScoreRequest]:
+    return [
+        ScoreRequest("r", np.asarray([1, 2]), np.asarray(completion, np.int64), NoSupport())
+        for completion in completions
+    ]
+
+
+def shapes(asked: Sequence[ScoreRequest]) -> list[SequenceShape]:
+    return [
+        SequenceShape(f"sequences[{index}]", len(request.context_ids), len(request.completion_ids))
+        for index, request in enumerate(asked)
+    ]
+
+
+async def score(service: TeacherService, asked: list[ScoreRequest], temperature: float = 1.0) -> list[Scores]:
+    scored = await service.score_batch(shapes(asked), lambda: asked, temperature=temperature)
+    return [scores for _, scores in scored]
+
+
+async def test_sequences_of_a_batch_are_in_the_engine_together_and_answered_in_order() -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    engine.hold()
+    asked = requests([5, 6], [], [7])
+    scoring = asyncio.create_task(score(service, asked))
+    await until(lambda: engine.num_running == 2)
+    assert service.admission.budget.reserved_tokens == 9
+    engine.let_go()
+    for request, scores in zip(asked, await scoring, strict=True):
+        expected_TV = fake_logprobs_TV(request.context_ids, request.completion_ids)
+        rows = np.arange(len(request.completion_ids))
+        assert np.array_equal(scores.sampled_logprobs_T, expected_TV[rows, request.completion_ids])
+    assert service.admission.budget.reserved_tokens == 0
+
+
+async def test_the_first_failure_cancels_the_rest_and_is_raised_as_it_is() -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    engine.hold()
+    engine.fail(lambda request: EngineError("broken") if request.completion_ids[0] == 9 else None)
+    with pytest.raises(EngineError, match="broken"):
+        await score(service, requests([5], [9], [6]))
+    assert engine.num_running == 0
+    assert service.admission.budget.reserved_tokens == 0
+
+
+async def test_a_wrong_sequence_keeps_the_whole_batch_from_the_engine() -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    with pytest.raises(InvalidRequestError, match=r"sequences\[1\].completion_ids: id 300"):
+        await score(service, requests([5], [300]))
+    assert engine.requests == []
+    assert service.admission.budget.reserved_tokens == 0
+
+
+async def test_nothing_is_unpacked_before_it_is_admitted() -> None:
+    service = await started_service(FakeEngine())
+    service.admission.enter_now(99)
+
+    def unpack() -> list[ScoreRequest]:
+        raise AssertionError("unpacked")
+
+    with pytest.raises(OverloadedError) as refused:
+        await service.score_batch([SequenceShape("s", 1, 1)], unpack, temperature=1.0)
+    assert refused.value.retry_delay_s
+    assert service.admission.budget.reserved_tokens == 99
+
+
+async def test_what_the_engine_did_not_mean_to_raise_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    engine.fail(lambda _: ZeroDivisionError("secret detail"))
+    with pytest.raises(EngineError) as failed:
+        await score(service, requests([5]))
+    assert "secret" not in str(failed.value)
+    assert "secret detail" in caplog.text
+
+
+async def test_an_incomplete_answer_of_the_engine_is_an_error() -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    engine.answer(lambda _: Scores(np.zeros(1, np.float32)))
+    with pytest.raises(EngineError, match=r"\(1,\) scores for 2 tokens"):
+        await score(service, requests([5, 6]))
+
+
+async def test_calls_are_refused_while_starting_and_while_draining() -> None:
+    engine = FakeEngine()
+    service = TeacherService(engine, LIMITS, Admission(TokenBudget(100)))
+    with pytest.raises(UnavailableError, match="loading") as starting, service.call():
+        pass
+    await service.start()
+    with service.call():
+        service.drain()
+        with pytest.raises(UnavailableError, match="shutting down") as draining, service.call():
+            pass
+    assert starting.value.retry_delay_s
+    assert draining.value.retry_delay_s
+
+
+async def test_draining_waits_for_the_last_call() -> None:
+    service = await started_service(FakeEngine())
+    with service.call():
+        with service.call():
+            service.drain()
+            idle = asyncio.create_task(service.wait_until_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+    await idle
+
+
+async def test_the_limit_of_a_sequence_is_the_models_where_that_is_shorter() -> None:
+    service = await started_service(FakeEngine(max_context_length=10))
+    assert service.limits.max_context_length == 10
+    longer = await started_service(FakeEngine(max_context_length=10_000))
+    assert longer.limits.max_context_length == LIMITS.max_context_length
+
+
+async def test_a_deadline_cancels_what_runs_and_says_so() -> None:
+    cancelled = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    with pytest.raises(DeadlineError, match=r"deadline passed after 0.01 s"):
+        async with deadline(0.01):
+            await work()
+    assert cancelled.is_set()
+
+
+async def test_a_time_out_of_the_work_itself_is_not_taken_for_the_deadline() -> None:
+    with pytest.raises(TimeoutError) as failed:
+        async with deadline(None):
+            raise TimeoutError("the work's own")
+    assert not isinstance(failed.value, DeadlineError)
+
+
+async def test_a_task_group_raises_what_failed_first() -> None:
+    async def fail() -> Any:
+        raise KeyError("first")
+
+    async def run_both() -> None:
+        async with task_group() as group:
+            group.create_task(asyncio.Event().wait())
+            group.create_task(fail())
+
+    with pytest.raises(KeyError, match="first"):
+        await run_both()

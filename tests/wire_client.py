@@ -1,0 +1,289 @@
+"""A client that speaks the wire contract and nothing else, for tests of a teacher from outside.
+
+`Question` is one completion as a test says it, `Answer` is what came back with its chunks put together.
+Beside whole questions it sends messages and bytes that no sane client would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+from vopd_proto import MAX_MESSAGE_BYTES
+from vopd_proto import teacher_pb2 as pb
+from vopd_proto.arrays import Float32Array, IntArray, pack_uints, unpack_floats, unpack_uints
+
+SERVICE = "/vopd.teacher.v1.Teacher/"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One completion to score. `candidates`: a list of ids a row; `k`: the teacher's top-k."""
+
+    completion: Sequence[int]
+    context: int = 0  # index into the contexts sent beside it
+    k: int | None = None
+    candidates: Sequence[Sequence[int]] | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as arrays; support arrays are flat for candidates, [T, k] for top-k."""
+
+    name: str
+    sampled_T: Float32Array
+    support: Float32Array | None
+    support_ids: IntArray | None
+    float_types: frozenset[int]
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A status, or the failure of one sequence of a stream."""
+
+    code: grpc.StatusCode
+    message: str
+    field: str = ""
+    retry_delay_s: float | None = None
+    request_id: str = ""
+    name: str = ""
+
+
+class RefusedError(Exception):
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+class WireClient:
+    """Raw calls: bytes or messages out, bytes parsed on the way back."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.channel = channel
+
+    def unary(self, method: str, message: Message | bytes, answer_type: Any, timeout_s: float | None = None) -> Any:
+        call = self.channel.unary_unary(
+            SERVICE + method, request_serializer=_to_bytes, response_deserializer=answer_type.FromString
+        )
+        return call(message, timeout=timeout_s)
+
+    def stream(self, messages: AsyncIterator[Message | bytes] | None = None, timeout_s: float | None = None) -> Any:
+        """An open ScoreStream, fed by `messages` or else by its `write` and `done_writing`."""
+        return self.channel.stream_stream(
+            SERVICE + "ScoreStream",
+            request_serializer=_to_bytes,
+            response_deserializer=pb.ScoreStreamResponse.FromString,
+        )(messages, timeout=timeout_s)
+
+    async def info(self) -> pb.GetInfoResponse:
+        response: pb.GetInfoResponse = await self.unary("GetInfo", pb.GetInfoRequest(), pb.GetInfoResponse)
+        return response
+
+    async def score(
+        self,
+        contexts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        *,
+        temperature: float | None = None,
+        float_type: int = pb.FLOAT_TYPE_UNSPECIFIED,
+        request_id: str = "",
+    ) -> list[Answer]:
+        """Unary Score. Raises: RefusedError."""
+        request = score_request(contexts, questions, temperature=temperature, float_type=float_type)
+        request.request_id = request_id
+        response = await self.send_score(request)
+        assert request_id in ("", response.request_id)
+        return [_answer([scores]) for scores in response.scores]
+
+    async def send_score(self, message: Message | bytes, timeout_s: float | None = None) -> pb.ScoreResponse:
+        try:
+            response: pb.ScoreResponse = await self.unary("Score", message, pb.ScoreResponse, timeout_s)
+        except aio.AioRpcError as error:
+            raise RefusedError(refusal_of(error)) from error
+        return response
+
+    async def score_stream(
+        self,
+        contexts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        *,
+        temperature: float | None = None,
+        float_type: int = pb.FLOAT_TYPE_UNSPECIFIED,
+    ) -> list[Answer]:
+        """The same over one stream; answers put into the order of the questions. Raises: RefusedError for the
+        first failure, of a sequence or of the stream."""
+        named = [replace(question, name=str(index)) for index, question in enumerate(questions)]
+        outcomes = await self.send_stream(
+            [
+                stream_settings(temperature=temperature, float_type=float_type),
+                *(stream_context(index, context) for index, context in enumerate(contexts)),
+                *(stream_sequence(question, contexts) for question in named),
+            ]
+        )
+        answers = []
+        for question in named:
+            outcome = outcomes[question.name]
+            if isinstance(outcome, Refusal):
+                raise RefusedError(outcome)
+            answers.append(replace(outcome, name=questions[int(question.name)].name))
+        return answers
+
+    async def send_stream(self, messages: Iterable[Message | bytes]) -> dict[str, Answer | Refusal]:
+        """Sends everything, then collects what became of each sequence. Raises: RefusedError when the stream ends
+        with an error."""
+
+        async def outgoing() -> AsyncIterator[Message | bytes]:
+            for message in messages:
+                yield message
+
+        try:
+            return await collect(self.stream(outgoing()))
+        except aio.AioRpcError as error:
+            raise RefusedError(refusal_of(error)) from error
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[WireClient]:
+    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
+    async with aio.insecure_channel(url.removeprefix("grpc://"), options=options) as channel:
+        yield WireClient(channel)
+
+
+# ---------------------------------------------------------------- messages
+
+
+def ids(values: Sequence[int]) -> pb.UIntArray:
+    return pack_uints(np.asarray(values, np.int64))
+
+
+def score_request(
+    contexts: Sequence[Sequence[int]],
+    questions: Sequence[Question],
+    *,
+    temperature: float | None = None,
+    float_type: int = pb.FLOAT_TYPE_UNSPECIFIED,
+) -> pb.ScoreRequest:
+    return pb.ScoreRequest(
+        temperature=temperature,
+        float_type=float_type,  # type: ignore[arg-type]
+        contexts=[ids(context) for context in contexts],
+        sequences=[sequence_message(question, contexts) for question in questions],
+    )
+
+
+def sequence_message(question: Question, contexts: Sequence[Sequence[int]]) -> pb.Sequence:
+    """The question with lengths that agree with its arrays."""
+    context_length = len(contexts[question.context]) if question.context < len(contexts) else 0
+    message = pb.Sequence(
+        sequence_id=question.name,
+        context_index=question.context,
+        context_length=context_length,
+        completion_length=len(question.completion),
+        completion_ids=ids(question.completion),
+    )
+    if question.k is not None:
+        message.teacher_top_k.k = question.k
+    if question.candidates is not None:
+        flat = [candidate for row in question.candidates for candidate in row]
+        message.num_candidates = len(flat)
+        message.candidates.ids.CopyFrom(ids(flat))
+        message.candidates.counts.CopyFrom(ids([len(row) for row in question.candidates]))
+    return message
+
+
+def stream_settings(
+    *, temperature: float | None = None, float_type: int = pb.FLOAT_TYPE_UNSPECIFIED, request_id: str = ""
+) -> pb.ScoreStreamRequest:
+    settings = pb.StreamSettings(temperature=temperature, float_type=float_type, request_id=request_id)  # type: ignore[arg-type]
+    return pb.ScoreStreamRequest(settings=settings)
+
+
+def stream_context(index: int, context: Sequence[int]) -> pb.ScoreStreamRequest:
+    return pb.ScoreStreamRequest(context=pb.StreamContext(context_index=index, ids=ids(context)))
+
+
+def stream_sequence(question: Question, contexts: Sequence[Sequence[int]]) -> pb.ScoreStreamRequest:
+    return pb.ScoreStreamRequest(sequence=sequence_message(question, contexts))
+
+
+def _to_bytes(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+# ---------------------------------------------------------------- answers
+
+
+async def collect(call: Any) -> dict[str, Answer | Refusal]:
+    """What became of each sequence of a stream, by its name."""
+    chunks: dict[str, list[pb.SequenceScores]] = {}
+    outcomes: dict[str, Answer | Refusal] = {}
+    responses = aiter(call)
+    opened = await anext(responses)
+    assert opened.WhichOneof("message") == "opened", opened
+    async for response in responses:
+        if response.WhichOneof("message") == "failure":
+            failure = response.failure
+            outcomes[failure.sequence_id] = Refusal(
+                code=next(code for code in grpc.StatusCode if code.value[0] == failure.code),
+                message=failure.message,
+                field=failure.field,
+                retry_delay_s=failure.retry_delay_s or None,
+                name=failure.sequence_id,
+            )
+            continue
+        chunk = response.chunk
+        rows = chunks.setdefault(chunk.scores.sequence_id, [])
+        assert chunk.first_row == sum(part.num_rows for part in rows), "chunks out of order"
+        rows.append(chunk.scores)
+        if chunk.is_last:
+            outcomes[chunk.scores.sequence_id] = _answer(chunks.pop(chunk.scores.sequence_id))
+    assert not chunks, f"without a last chunk: {sorted(chunks)}"
+    return outcomes
+
+
+def _answer(parts: Sequence[pb.SequenceScores]) -> Answer:
+    """Row chunks, or the one whole answer, put together."""
+    sampled_T = np.concatenate([unpack_floats(part.sampled_logprobs) for part in parts])
+    assert len(sampled_T) == sum(part.num_rows for part in parts)
+    k = parts[0].k
+    has_support = any(part.HasField("support_logprobs") for part in parts)
+    support = np.concatenate([unpack_floats(part.support_logprobs) for part in parts])
+    support_ids = np.concatenate([unpack_uints(part.support_ids) for part in parts])
+    return Answer(
+        name=parts[0].sequence_id,
+        sampled_T=sampled_T,
+        support=(support.reshape(-1, k) if k else support) if has_support else None,
+        support_ids=support_ids.reshape(-1, k) if k else None,
+        float_types=frozenset(part.sampled_logprobs.type for part in parts),
+        num_chunks=len(parts),
+    )
+
+
+def refusal_of(error: aio.AioRpcError) -> Refusal:
+    """The status with what google.rpc.Status says beside it."""
+    fields: dict[str, Any] = {}
+    trailing = dict(error.trailing_metadata() or ())
+    for detail in status_pb2.Status.FromString(trailing.get("grpc-status-details-bin", b"")).details:
+        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            fields["field"] = _unpack(detail, error_details_pb2.BadRequest()).field_violations[0].field
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            delay = _unpack(detail, error_details_pb2.RetryInfo()).retry_delay
+            fields["retry_delay_s"] = delay.seconds + delay.nanos / 1e9
+        elif detail.Is(error_details_pb2.RequestInfo.DESCRIPTOR):
+            fields["request_id"] = _unpack(detail, error_details_pb2.RequestInfo()).request_id
+    return Refusal(code=error.code(), message=error.details() or "", **fields)
+
+
+def _unpack(detail: Any, message: Any) -> Any:
+    detail.Unpack(message)
+    return message
