@@ -1,0 +1,285 @@
+"""The asynchronous teacher client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from vopd_client.errors import AlignmentError, HandshakeError, TeacherUnavailableError
+from vopd_client.handshake import check_revision
+from vopd_client.teacher.channel import check_key_may_travel, parse_urls, read_tls_roots
+from vopd_client.teacher.codec import FLOAT_TYPES, FloatTypeName, decode_scores
+from vopd_client.teacher.connector import Connection, Connector
+from vopd_client.teacher.patience import Patience, Timing
+from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
+from vopd_client.teacher.status import failure_of_call
+from vopd_client.teacher.stream import ScoreStream, Traffic
+from vopd_client.types import SequenceScores, SequenceToScore, TeacherInfo
+from vopd_proto import teacher_pb2 as pb
+from vopd_proto.fingerprint import tokenizer_fingerprint
+
+Response = TypeVar("Response")
+
+MAX_CONCURRENT_REQUESTS = 4
+
+
+class TeacherClient:
+    """Asks one teacher, or replicas of one, for scores. Use it as `async with TeacherClient(url) as teacher:`.
+
+    Only UNAVAILABLE and RESOURCE_EXHAUSTED are tried again, with backoff and jitter, never sooner than the
+    server asked for, until `timeout_s` pass without any answer while one is owed.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str] | tuple[str, ...],
+        *,
+        api_key: str | None = None,
+        plaintext: bool = False,
+        tls_ca_file: Path | None = None,
+        timeout_s: float = 600.0,
+        window: int = 64,
+        float_type: FloatTypeName = "float32",
+        expected_fingerprint: str | None = None,
+        expected_revision: str | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        """Checks the settings; `connect` is what reaches out.
+
+        urls: `grpc://host:port` or `grpcs://host:port`; several are replicas of one teacher.
+        window: sequences of a stream that are sent and not yet answered, at most.
+        expected_fingerprint, expected_revision: tokenizer and weights to insist on from the first connection.
+
+        Raises: ConfigError.
+        """
+        addresses = parse_urls(urls)
+        if api_key is not None:
+            check_key_may_travel(addresses, plaintext=plaintext)
+        self._connector = Connector(
+            addresses,
+            api_key=api_key,
+            tls_roots=read_tls_roots(tls_ca_file),
+            expected_fingerprint=expected_fingerprint,
+            expected_revision=expected_revision,
+        )
+        self._timeout_s = timeout_s
+        self._window = window
+        self._float_type = FLOAT_TYPES[float_type]
+        self._timing = timing or Timing()
+        self._traffic = Traffic()
+        self._sequence_ids = itertools.count()
+        self._streams: list[ScoreStream] = []
+        self._waiting: list[Patience] = []
+        self._closed = False
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What the teacher said of itself at the first handshake."""
+        assert self._connector.pinned is not None, "connect() comes first"
+        return self._connector.pinned
+
+    @property
+    def bytes_sent(self) -> int:
+        """Serialised bytes of score requests, resent ones included."""
+        return self._traffic.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Serialised bytes of scores."""
+        return self._traffic.bytes_received
+
+    @property
+    def waiting_reason(self) -> str:
+        """Why answers are late, for people to read; empty while all is well."""
+        return next((reason for patience in tuple(self._waiting) if (reason := patience.waiting_reason)), "")
+
+    async def __aenter__(self) -> TeacherClient:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    async def connect(self) -> TeacherInfo:
+        """Reaches the first replica that answers, waiting for one if need be.
+
+        Raises: HandshakeError, TeacherPermissionError, TeacherUnavailableError.
+        """
+
+        async def handshake(connection: Connection) -> TeacherInfo:
+            return connection.info
+
+        return await self._call(handshake)
+
+    async def tokenizer(self) -> tuple[list[bytes], str]:
+        """The id -> token table and the tokenizer's JSON (empty when it has none).
+
+        Raises: HandshakeError when the table does not have the fingerprint of the handshake.
+        """
+
+        async def fetch(connection: Connection) -> pb.GetTokenizerResponse:
+            request = pb.GetTokenizerRequest()
+            response: pb.GetTokenizerResponse = await connection.stub.GetTokenizer(
+                request, metadata=connection.metadata
+            )
+            return response
+
+        response = await self._call(fetch)
+        tokens = list(response.tokens)
+        if tokenizer_fingerprint(tokens) != self.info.fingerprint:
+            raise HandshakeError(
+                f"the teacher's table of {len(tokens)} tokens does not have the fingerprint that it announced"
+            )
+        return tokens, response.tokenizer_json
+
+    async def score(self, sequences: Sequence[SequenceToScore], *, temperature: float = 1.0) -> list[SequenceScores]:
+        """Scores a list, in its order; split into requests by the teacher's limits. All or nothing.
+
+        Raises: TeacherRequestError, TeacherUnsupportedError, AlignmentError, NonFiniteError,
+            HandshakeError, TeacherPermissionError, TeacherUnavailableError, TeacherInternalError.
+        """
+        limits = RequestLimits(
+            self.info.max_sequences_per_request,
+            self.info.max_tokens_per_request,
+            self._connector.max_message_bytes,
+        )
+        plan = plan_requests(sequences, limits)
+        requests = [
+            score_request(
+                [sequences[index] for index in indices],
+                request_id=uuid.uuid4().hex,
+                temperature=temperature,
+                float_type=self._float_type,
+                max_message_bytes=limits.max_message_bytes,
+            )
+            for indices in plan
+        ]
+        slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+        with self._patience() as patience:
+            tasks = [
+                asyncio.create_task(self._score_one_request(request, [sequences[i] for i in indices], slots, patience))
+                for request, indices in zip(requests, plan, strict=True)
+            ]
+            answers = await _all_or_first_error(tasks)
+        scores_by_index = {
+            index: scores
+            for indices, answer in zip(plan, answers, strict=True)
+            for index, scores in zip(indices, answer, strict=True)
+        }
+        return [scores_by_index[index] for index in range(len(sequences))]
+
+    def open_stream(self, *, temperature: float = 1.0) -> ScoreStream:
+        """A stream at one temperature; it connects with the first `submit`."""
+        patience = Patience(self._timeout_s, self._timing)
+        stream = ScoreStream(
+            self._connector,
+            patience,
+            self._traffic,
+            settings=pb.StreamSettings(
+                request_id=uuid.uuid4().hex, temperature=temperature, float_type=self._float_type
+            ),
+            window=self._window,
+            # A teacher that takes a request of so many tokens holds as many for a stream.
+            max_context_tokens=self.info.max_tokens_per_request,
+            sequence_ids=self._sequence_ids,
+        )
+        self._waiting.append(patience)
+        self._streams.append(stream)
+        return stream
+
+    async def close(self) -> None:
+        """Ends every stream and connection; what is unanswered raises TeacherUnavailableError."""
+        self._closed = True
+        for stream in self._streams:
+            await stream.close()
+        await self._connector.close()
+
+    # ------------------------------------------------------------ unary calls
+
+    async def _score_one_request(
+        self,
+        request: pb.ScoreRequest,
+        sequences: list[SequenceToScore],
+        slots: asyncio.Semaphore,
+        patience: Patience,
+    ) -> list[SequenceScores]:
+        async def score(connection: Connection) -> pb.ScoreResponse:
+            self._traffic.bytes_sent += request.ByteSize()
+            response: pb.ScoreResponse = await connection.stub.Score(request, metadata=connection.metadata)
+            self._traffic.bytes_received += response.ByteSize()
+            return response
+
+        async with slots:
+            response = await self._try_until_answered(score, patience)
+        check_revision(self.info.model_revision, response.model_revision, where="score")
+        ids = [scores.sequence_id for scores in response.scores]
+        if ids != [sequence.sequence_id for sequence in request.sequences]:
+            raise AlignmentError(f"asked for {len(request.sequences)} sequences, answered with ids {ids[:10]}")
+        return [
+            decode_scores(sequence, [scores], vocab_size=self.info.vocab_size)
+            for sequence, scores in zip(sequences, response.scores, strict=True)
+        ]
+
+    async def _call(self, call: Callable[[Connection], Awaitable[Response]]) -> Response:
+        with self._patience() as patience:
+            return await self._try_until_answered(call, patience)
+
+    async def _try_until_answered(
+        self, call: Callable[[Connection], Awaitable[Response]], patience: Patience
+    ) -> Response:
+        """The answer to a call, tried again where that can help."""
+        patience.clock.begin()
+        try:
+            response = await patience.run(lambda: self._attempts(call, patience))
+        finally:
+            patience.clock.end()
+        patience.progressed()
+        return response
+
+    async def _attempts(self, call: Callable[[Connection], Awaitable[Response]], patience: Patience) -> Response:
+        while True:
+            async with self._connector.connection(patience) as connection:
+                try:
+                    return await call(connection)
+                except grpc.aio.AioRpcError as error:
+                    failure, cause = failure_of_call(error), error
+                    if not failure.is_retryable:
+                        raise failure.to_error() from error
+                    if failure.code is grpc.StatusCode.UNAVAILABLE:
+                        self._connector.retire(connection)
+                except asyncio.CancelledError as error:
+                    if self._closed:  # closing a channel cancels its calls
+                        raise TeacherUnavailableError("the teacher client was closed") from error
+                    raise
+            await patience.back_off(failure, cause, num_replicas=len(self._connector.addresses))
+
+    @contextmanager
+    def _patience(self) -> Iterator[Patience]:
+        patience = Patience(self._timeout_s, self._timing)
+        self._waiting.append(patience)
+        try:
+            yield patience
+        finally:
+            self._waiting.remove(patience)
+
+
+async def _all_or_first_error(tasks: list[asyncio.Task[Any]]) -> list[Any]:
+    """Every result, or the first error once the others are cancelled."""
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
