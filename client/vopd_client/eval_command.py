@@ -1,0 +1,98 @@
+"""`vopd-client eval`: one local model on one file of prompts, as a table for people and JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vopd_client.errors import DataError, RunDirectoryError
+from vopd_client.eval_config import EvalConfig
+from vopd_client.evaluation import NO_KIND, Evaluation, evaluate_student
+from vopd_client.prompts import PromptRow, load_prompts, render_prompts
+from vopd_client.student import load_student
+from vopd_proto.fingerprint import token_table
+
+
+def run_eval(config: EvalConfig, console: Console | None = None) -> Evaluation:
+    """Evaluates, prints, writes `config.json_file` if set.
+
+    Raises: DataError, before the model is loaded, for malformed rows or when no row has an answer; ConfigError for a
+        model that cannot be loaded; RunDirectoryError when the JSON file cannot be written.
+    """
+    rows = load_prompts(config.prompts, default_verifier=config.verifier)
+    if all(row.answer is None for row in rows):
+        raise DataError(f"{config.prompts}: no row has an answer to compare with")
+    rows = [only_what_is_seen(row, as_teacher=config.as_teacher) for row in rows]
+    loaded = load_student(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+    prompts = render_prompts(
+        rows,
+        tokenizer=loaded.tokenizer,
+        teacher_chat_template=loaded.tokenizer.chat_template or "",
+        max_prompt_tokens=loaded.max_length if config.as_teacher else config.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        student_max_length=loaded.max_length,
+        teacher_max_length=loaded.max_length,
+    )
+    loaded.module.num_shared_ids = min(loaded.vocab_size, len(token_table(loaded.tokenizer)))
+    evaluation = evaluate_student(
+        loaded.module,
+        loaded.tokenizer,
+        prompts,
+        step=0,
+        end_ids=loaded.end_ids,
+        pad_id=loaded.pad_id,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        sample_count=config.sample_count,
+        mixed_precision=config.mixed_precision,
+    )
+    answers_by_kind = Counter(row.kind or NO_KIND for row in rows if row.answer is not None)
+    show_evaluation(evaluation, config, answers_by_kind, console or Console())
+    if config.json_file is not None:
+        _write_json(config.json_file, evaluation, config)
+    return evaluation
+
+
+def only_what_is_seen(row: PromptRow, *, as_teacher: bool) -> PromptRow:
+    """The row with one context only: the student's, or what the teacher would see in its place."""
+    if as_teacher and (row.teacher_prompt is not None or row.teacher_messages is not None):
+        row = replace(row, prompt=row.teacher_prompt, messages=row.teacher_messages)
+    return replace(row, teacher_prompt=None, teacher_messages=None)
+
+
+def show_evaluation(
+    evaluation: Evaluation, config: EvalConfig, answers_by_kind: Mapping[str, int], console: Console
+) -> None:
+    """A table of the kinds, then the samples."""
+    seen = "the teacher's context" if config.as_teacher else "the student's prompt"
+    console.print(f"{config.model} on {config.prompts}, given {seen}:", markup=False, highlight=False)
+    table = Table("kind")
+    table.add_column("prompts", justify="right")
+    table.add_column("exact match", justify="right")
+    for kind, share in evaluation.exact_match_by_kind.items():
+        table.add_row(Text(kind), str(answers_by_kind[kind]), f"{share:.1%}")
+    if len(evaluation.exact_match_by_kind) > 1:
+        table.add_section()
+        table.add_row("all kinds", str(sum(answers_by_kind.values())), f"{evaluation.exact_match:.1%}")
+    console.print(table)
+    for sample in evaluation.samples:
+        verdict = {True: "right", False: f"wrong, expected {sample.answer!r}", None: "no answer to compare with"}
+        console.print(
+            f"\n{sample.prompt}\n  -> {sample.completion!r}  ({verdict[sample.correct]})", markup=False, highlight=False
+        )
+
+
+def _write_json(path: Path, evaluation: Evaluation, config: EvalConfig) -> None:
+    result = {"model": config.model, "prompts": config.prompts, "as_teacher": config.as_teacher}
+    text = json.dumps(result | evaluation.to_row(), indent=2, ensure_ascii=False)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,101 @@
+"""A student's KL to the teacher on held-out prompts, with the run's own sampler and scoring.
+
+Axes: B sequences, T completion tokens, K support size. Natural log, nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vopd_client.baselines import SupportLogprobs, bucket_reverse_kl
+from vopd_client.batch import Batch, plan_microbatches
+from vopd_client.prompts import Prompt
+from vopd_client.rollouts.base import Rollout, RolloutKey
+from vopd_client.rollouts.decoding import MixedPrecision
+from vopd_client.rollouts.transformers import RolloutSampler
+from vopd_client.scoring import SentRollout
+from vopd_client.student import StudentForTraining
+from vopd_client.types import SequenceScores, SequenceToScore, Teacher
+
+
+def wait_for_answer(sent: SentRollout) -> SequenceScores:
+    """The answer as it came. Raises: what the teacher's future raises."""
+    return sent.answer.result()
+
+
+@dataclass(frozen=True)
+class KlMeasurement:
+    """How the KL is measured.
+
+    One completion a prompt is sampled, and at each of its tokens KL(pi || q) is taken in closed form from the support
+    and a bucket for the rest. The states are the student's own, so the mean is an estimate of what on-policy
+    distillation minimises; the bucket makes every state's value a lower bound of its KL over the whole vocabulary,
+    close where the support holds nearly all of the student's mass.
+
+    sampler: with a seed of its own. Every evaluation draws with the same random numbers.
+    request: what the teacher is asked about a rollout, with a support.
+    make_batch: (rollouts, the teacher's answers, names of their prompts) -> padded tensors.
+    receive: waits for the answer to one rollout; a caller's own can look up from waiting now and then.
+    """
+
+    teacher: Teacher
+    sampler: RolloutSampler
+    request: Callable[[Prompt, Rollout], SequenceToScore]
+    make_batch: Callable[[Sequence[Rollout], Sequence[SequenceScores], Sequence[str]], Batch]
+    microbatch_tokens: int
+    receive: Callable[[SentRollout], SequenceScores] = wait_for_answer
+
+
+def sample_and_send(kl: KlMeasurement, prompts: Sequence[Prompt]) -> list[SentRollout]:
+    """One completion a prompt, in the prompts' order; each is on its way to the teacher once it is finished."""
+    sent: dict[int, SentRollout] = {}
+    requests = [(RolloutKey(0, position, 0), prompt.student_ids) for position, prompt in enumerate(prompts)]
+    for rollout in kl.sampler.sample(requests):
+        position = rollout.key.prompt_index
+        prompt = prompts[position]
+        sent[position] = SentRollout(rollout, prompt, kl.teacher.submit(kl.request(prompt, rollout)))
+    return [sent[position] for position in range(len(prompts))]
+
+
+@torch.no_grad()
+def kl_of_tokens(
+    kl: KlMeasurement, student: StudentForTraining, sent: Sequence[SentRollout], mixed_precision: MixedPrecision
+) -> list[tuple[Prompt, float]]:
+    """The KL at every scored token of every completion, in nats; waits for the teacher where it must.
+
+    Raises: what `kl.receive` raises.
+    """
+    device = next(student.parameters()).device
+    kl_by_token: list[tuple[Prompt, float]] = []
+    for indices in plan_microbatches([item.num_tokens for item in sent], kl.microbatch_tokens):
+        items = [sent[index] for index in indices]
+        batch = kl.make_batch(
+            [item.rollout for item in items],
+            [kl.receive(item) for item in items],
+            [item.prompt.source for item in items],
+        ).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
+            kl_BT = support_kl(student, batch)
+        for item, kl_T, mask_T in zip(items, kl_BT, batch.loss_mask_BT, strict=True):
+            kl_by_token += [(item.prompt, value) for value in kl_T[mask_T].tolist()]
+    return kl_by_token
+
+
+def support_kl(student: StudentForTraining, batch: Batch) -> Tensor:
+    """KL(pi || q) at each row, [B, T], from the support and one bucket for the rest; 0 outside the loss mask."""
+    outputs = student(
+        batch.input_ids_BS,
+        batch.attention_mask_BS,
+        batch.row_index_BT,
+        batch.completion_ids_BT,
+        batch.support_ids_BTK,
+        batch.support_mask_BTK,
+        batch.loss_mask_BT,
+    )
+    return bucket_reverse_kl(
+        SupportLogprobs(outputs.support_logprobs_BTK, batch.teacher_support_logprobs_BTK, batch.support_mask_BTK)
+    )

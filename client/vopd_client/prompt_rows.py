@@ -1,0 +1,171 @@
+"""One row of a prompt file: what it may hold, and what is wrong with it. Values in, values out; no files, no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from vopd_client.config import Verifier
+from vopd_client.errors import DataError
+from vopd_client.verify import check_answer
+
+MAX_REPORTED_ROWS = 5  # bad rows named in one error
+
+Message = Mapping[str, Any]
+T = TypeVar("T")
+R = TypeVar("R")
+
+ROW_KEYS = ("prompt", "messages", "answer", "teacher_prompt", "teacher_messages", "verifier", "kind")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Chat templates read the last four; what is in them is between the data and the template.
+_MESSAGE_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row as it was written: exactly one of `prompt` and `messages`, at most one of the teacher's two.
+
+    verifier: set whenever `answer` is, to the row's own or the run's default.
+    """
+
+    index: int  # 0-based, over all rows
+    source: str  # "data.jsonl:12"
+    prompt: str | None
+    messages: tuple[Message, ...] | None
+    teacher_prompt: str | None
+    teacher_messages: tuple[Message, ...] | None
+    answer: str | None
+    verifier: Verifier | None
+    kind: str | None
+
+
+def parse_row(value: object, *, index: int, source: str, default_verifier: Verifier) -> PromptRow:
+    """The row that `value` spells. A key whose value is null counts as absent (columns of a table hold nulls).
+
+    Raises: DataError that starts with `source` and names the key.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{source}: a row is an object with the key prompt or messages, not {_kind_of(value)}")
+    row = {key: item for key, item in value.items() if item is not None}
+    for key in row:
+        if key not in ROW_KEYS:
+            raise DataError(f"{source}: unknown key {key!r}{_suggestion(str(key), ROW_KEYS)}")
+    if ("prompt" in row) == ("messages" in row):
+        raise DataError(
+            f"{source}: give either prompt or messages, not both"
+            if "prompt" in row
+            else f"{source}: neither prompt nor messages; one of them is what the student sees"
+        )
+    if "teacher_prompt" in row and "teacher_messages" in row:
+        raise DataError(f"{source}: give either teacher_prompt or teacher_messages, not both")
+    answer = _text(row, "answer", source)
+    verifier = _verifier(row, source, default_verifier)
+    if answer is not None:
+        try:
+            check_answer(answer, verifier)
+        except ValueError as error:
+            raise DataError(f"{source}: answer: {error}") from error
+    elif "verifier" in row:
+        raise DataError(f"{source}: a verifier without an answer to compare with")
+    return PromptRow(
+        index=index,
+        source=source,
+        prompt=_text(row, "prompt", source),
+        messages=_messages(row, "messages", source),
+        teacher_prompt=_text(row, "teacher_prompt", source),
+        teacher_messages=_messages(row, "teacher_messages", source),
+        answer=answer,
+        verifier=verifier if answer is not None else None,
+        kind=_text(row, "kind", source),
+    )
+
+
+def map_rows(function: Callable[[T], R], values: Iterable[T]) -> list[R]:
+    """`function` of every value, in order.
+
+    Raises: DataError with the messages of the first few values that raise one, a line each.
+    """
+    results: list[R] = []
+    problems: list[str] = []
+    for value in values:
+        try:
+            results.append(function(value))
+        except DataError as error:
+            problems.append(str(error))
+            if len(problems) == MAX_REPORTED_ROWS:
+                problems.append(f"(looked no further after {MAX_REPORTED_ROWS} bad rows)")
+                break
+    if problems:
+        raise DataError("\n".join(problems))
+    return results
+
+
+def _text(row: Mapping[str, Any], key: str, source: str) -> str | None:
+    if key not in row:
+        return None
+    value = row[key]
+    if not isinstance(value, str):
+        raise DataError(f"{source}: {key} must be text, not {_kind_of(value)}")
+    if not value.strip():
+        raise DataError(f"{source}: {key} is empty")
+    return value
+
+
+def _verifier(row: Mapping[str, Any], source: str, default: Verifier) -> Verifier:
+    known: tuple[Verifier, ...] = get_args(Verifier)
+    if "verifier" not in row:
+        return default
+    for verifier in known:
+        if row["verifier"] == verifier:
+            return verifier
+    shown = str(row["verifier"])
+    raise DataError(f"{source}: unknown verifier {shown!r}{_suggestion(shown, known)}; there are {', '.join(known)}")
+
+
+def _messages(row: Mapping[str, Any], key: str, source: str) -> tuple[Message, ...] | None:
+    if key not in row:
+        return None
+    value = row[key]
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{source}: {key} must be a list of messages, not {_kind_of(value)}")
+    if not value:
+        raise DataError(f"{source}: {key} is empty")
+    messages = tuple(_message(item, f"{source}: {key}[{position}]") for position, item in enumerate(value))
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{source}: {key} ends with the assistant; the last message is what the completion replies to")
+    return messages
+
+
+def _message(value: object, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} must be an object with role and content, not {_kind_of(value)}")
+    message = {key: item for key, item in value.items() if item is not None}
+    for key in message:
+        if key not in _MESSAGE_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}{_suggestion(str(key), _MESSAGE_KEYS)}")
+    role = message.get("role")
+    if role not in _ROLES:
+        shown = "no role" if role is None else f"unknown role {role!r}{_suggestion(str(role), _ROLES)}"
+        raise DataError(f"{where}: {shown}; there are {', '.join(_ROLES)}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"{where}: content must be text, not {_kind_of(content)}")
+    if role == "user" and not content.strip():
+        raise DataError(f"{where}: content is empty")
+    return message
+
+
+def _kind_of(value: object) -> str:
+    """The type in the words of JSON."""
+    names: dict[type, str] = {
+        type(None): "null", bool: "true or false", int: "a number", float: "a number",
+        str: "text", list: "a list", tuple: "a list", dict: "an object",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
+
+
+def _suggestion(name: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,142 @@
+"""Prompt files: JSONL, Parquet, or a data set of the hub. Read and checked before any model is loaded; no torch.
+
+A row holds `prompt` (text) or `messages` (chat), which the student sees; optionally `teacher_prompt` or
+`teacher_messages`, which the teacher sees before the same completion (default: what the student sees);
+optionally an `answer` with a `verifier`, and a `kind` that evaluations are broken down by.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vopd_client.config import Verifier
+from vopd_client.errors import DataError
+from vopd_client.prompt_rows import ROW_KEYS, PromptRow, map_rows, parse_row
+from vopd_client.render import Prompt, render_prompts
+
+__all__ = ["Prompt", "PromptRow", "load_prompts", "render_prompts"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(spec: str, *, default_verifier: Verifier = "exact") -> list[PromptRow]:
+    """All rows of `spec`: a .jsonl or .parquet file, or a data set (name or name:split; hub id or directory).
+
+    Lines of a .jsonl file and rows of the others count from 1 in `source`; blank lines are skipped. Columns of a
+    hub data set that are not ours are left out, since nobody can rename them there; in a file they are errors.
+
+    Raises: DataError, a line for each of the first few bad rows, or saying what is wrong with `spec` itself.
+    """
+
+    def parse(numbered: tuple[int, tuple[str, object]]) -> PromptRow:
+        index, (source, value) = numbered
+        if isinstance(value, bytes):
+            value = _decode_json(value, source)
+        return parse_row(value, index=index, source=source, default_verifier=default_verifier)
+
+    rows = map_rows(parse, enumerate(_read(spec)))
+    if not rows:
+        raise DataError(f"{spec}: holds no rows")
+    return rows
+
+
+def _read(spec: str) -> Iterator[tuple[str, object]]:
+    """(source, value) of every row; the values of a .jsonl file are its lines, not decoded yet."""
+    path = Path(spec)
+    match path.suffix.lower():
+        case ".jsonl":
+            return _read_jsonl(_existing(path))
+        case ".parquet":
+            return _read_parquet(_existing(path))
+        case ".json" | ".csv" | ".tsv" | ".txt" | ".yaml":
+            raise DataError(f"{spec}: prompts are read from .jsonl (one JSON object a line) or .parquet")
+        case _:
+            return _read_data_set(spec)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    return path
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
+def _decode_json(line: bytes, source: str) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 at byte {error.start + 1} of the line") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: not JSON at column {error.colno}: {error.msg}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", value
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _read_data_set(spec: str) -> Iterator[tuple[str, object]]:
+    name, _, split = spec.partition(":")
+    data_set = _load_data_set(name, split)
+    left_out = [column for column in data_set.column_names if column not in ROW_KEYS]
+    if "prompt" not in data_set.column_names and "messages" not in data_set.column_names:
+        raise DataError(
+            f"{spec}: a data set of prompts has a column prompt or messages; "
+            f"this one has {', '.join(data_set.column_names)}"
+        )
+    if left_out:
+        logger.info("%s: columns left out: %s", spec, ", ".join(left_out))
+    for number, value in enumerate(data_set.remove_columns(left_out), start=1):
+        yield f"{spec}:{number}", value
+
+
+def _load_data_set(name: str, split: str) -> Any:
+    """A `datasets.Dataset`: of the hub, of a directory of data files, or of one that `save_to_disk` wrote."""
+    import datasets
+
+    directory = Path(name)
+    is_saved = (directory / "dataset_dict.json").exists() or (directory / "state.json").exists()
+    try:
+        if is_saved:
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, datasets.Dataset):
+                return loaded
+            return loaded[_choose_split(name, split, list(loaded))]
+        splits = datasets.get_dataset_split_names(name)
+        return datasets.load_dataset(name, split=_choose_split(name, split, splits))
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # not found, unreachable, needs a configuration, damaged
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: no such file, and not a data set that can be loaded: {reason}") from error
+
+
+def _choose_split(name: str, split: str, splits: list[str]) -> str:
+    if split in splits:
+        return split
+    if not split and len(splits) == 1:
+        return splits[0]
+    if not split and "train" in splits:
+        return "train"
+    asked = f"no split {split!r}" if split else "which split?"
+    raise DataError(f"{name}: {asked} It has {', '.join(splits)}; write {name}:{splits[0]}")

@@ -1,0 +1,224 @@
+"""What a run looks like to people: curves.png and report.html, drawn from the run's own files."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vopd_client.errors import RunDirectoryError
+from vopd_client.run_data import RunData, number, read_run
+
+NOT_MEASURED = "–"
+PACKAGES = ("vopd", "torch", "transformers", "accelerate", "peft", "numpy", "grpcio")
+
+
+def write_report(run_dir: Path) -> list[Path]:
+    """Writes curves.png and report.html into the run directory and returns their paths.
+
+    Works for a run that goes on, was cut off, has no evaluations, or has one step. The page is one file: no script,
+    nothing from elsewhere.
+
+    Raises: RunDirectoryError when there is no metrics.jsonl, a file is damaged, or the directory cannot be written.
+    """
+    run = read_run(run_dir)
+    from vopd_client.plots import svg, write_png  # matplotlib, only once there is something to draw
+
+    curves, page = run_dir / "curves.png", run_dir / "report.html"
+    try:
+        write_png(run, curves)
+        page.write_text(render_page(run, curves_svg=svg(run)), encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write the report into {run_dir}: {error.strerror or error}") from error
+    return [curves, page]
+
+
+def render_page(run: RunData, *, curves_svg: str) -> str:
+    """report.html; everything that comes from the run is escaped."""
+    import jinja2
+    from markupsafe import Markup
+
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("vopd_client", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template("report_template.html.j2").render(
+        name=run.name,
+        facts=facts(run),
+        figures=headline(run),
+        has_teacher=run.teacher is not None,
+        table=before_and_after(run),
+        curves_svg=Markup(curves_svg),
+        comparisons=comparisons(run),
+        settings={name: _shown(value) for name, value in run.config.items()},
+        environment=environment(),
+    )
+
+
+# ---------------------------------------------------------------- what the page says
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the large numbers at the top."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A measure before and after training; `teacher` is the teacher's own."""
+
+    label: str
+    before: str
+    after: str
+    teacher: str
+    is_part: bool  # of the row above: one kind of prompt
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One held-out prompt: who completed it, with what, and whether that was right (None: nothing to compare with)."""
+
+    prompt: str
+    answer: str | None
+    completions: list[tuple[str, str, bool | None]]
+
+
+def facts(run: RunData) -> list[str]:
+    """The line under the title."""
+    planned = run.config.get("steps")
+    steps = f"{run.last_step} steps" if run.last_step != 1 else "1 step"
+    if planned is not None and run.last_step < planned:
+        steps = f"{run.last_step} of {planned} steps: the run goes on, or was cut off"
+    teacher = run.config.get("teacher_model") or ", ".join(run.config.get("teacher_url") or [])
+    parts = [
+        ("objective", run.config.get("objective")),
+        ("student", run.config.get("student")),
+        ("teacher", teacher),
+    ]
+    return [steps, *(f"{label} {value}" for label, value in parts if value)]
+
+
+def headline(run: RunData) -> list[Figure]:
+    """The numbers that a reader wants first; those that were not measured are left out."""
+    before, after, teacher = (row or {} for row in (run.before, run.after, run.teacher))
+    found = []
+    if after.get("exact_match") is not None:
+        notes = [("from", before.get("exact_match")), ("the teacher itself:", teacher.get("exact_match"))]
+        note = "; ".join(f"{label} {percent(value)}" for label, value in notes if value is not None)
+        found.append(Figure("Exact match, held-out", percent(after["exact_match"]), note))
+    if after.get("kl_nats") is not None:
+        start, end, where = before.get("kl_nats"), after["kl_nats"], ", held-out"
+    else:
+        start, end, where = run.metrics[0].get("kl_nats"), run.metrics[-1].get("kl_nats"), ""
+    note = "nats per token" + (f", from {nats(start)}" if start is not None else "")
+    found.append(Figure(f"KL to the teacher{where}", nats(end), note))
+    seconds = run.summary.get("train_seconds", sum(_known(run.column("step_s"))))
+    waited = run.summary.get("teacher_wait_seconds", sum(_known(run.column("teacher_wait_s"))))
+    share = waited / seconds if seconds else 0.0
+    found.append(Figure("Training time", duration(seconds), f"{share:.0%} of it waiting for the teacher"))
+    per_token = run.summary.get("teacher_bytes_per_token", run.metrics[-1].get("teacher_bytes_per_token"))
+    if per_token is not None:
+        found.append(Figure("Traffic with the teacher", f"{per_token:,.0f} B", "per completion token, both ways"))
+    return found
+
+
+def before_and_after(run: RunData) -> list[TableRow]:
+    """Exact match and KL, over all prompts and by kind; empty without evaluations of the student."""
+    if not run.student_evaluations:
+        return []
+    sides = [row or {} for row in (run.before, run.after, run.teacher)]
+    rows = []
+    for label, key, by_kind, show in (
+        ("Exact match", "exact_match", "exact_match_by_kind", percent),
+        ("KL to the teacher, nats per token", "kl_nats", "kl_by_kind", nats),
+    ):
+        if all(side.get(key) is None for side in sides):
+            continue
+        rows.append(_table_row(label, [show(side.get(key)) for side in sides]))
+        kinds = list(dict.fromkeys(kind for side in sides for kind in side.get(by_kind) or {}))
+        if len(kinds) > 1:
+            for kind in kinds:
+                values = [show((side.get(by_kind) or {}).get(kind)) for side in sides]
+                rows.append(_table_row(kind, values, is_part=True))
+    return rows
+
+
+def _table_row(label: str, values: Sequence[str], *, is_part: bool = False) -> TableRow:
+    before, after, teacher = values
+    return TableRow(label, before, after, teacher, is_part)
+
+
+def comparisons(run: RunData) -> list[Comparison]:
+    """The samples that the evaluations show, prompt by prompt."""
+    sides = [("before training", run.before), ("after training", run.after), ("the teacher", run.teacher)]
+    found: dict[str, Comparison] = {}
+    for who, row in sides:
+        for sample in (row or {}).get("samples") or []:
+            comparison = found.setdefault(sample["prompt"], Comparison(sample["prompt"], sample.get("answer"), []))
+            comparison.completions.append((who, sample["completion"], sample.get("correct")))
+    return list(found.values())
+
+
+def environment() -> dict[str, str]:
+    """Of the process that writes the report; that is the run's own where the run wrote it."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "Python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+        "system": platform.platform(terse=True),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+# ---------------------------------------------------------------- how it says it
+
+
+def percent(value: object) -> str:
+    return NOT_MEASURED if value is None else f"{number(value):.1%}".replace(".0%", "%")
+
+
+def nats(value: object) -> str:
+    return NOT_MEASURED if value is None else f"{number(value):.3f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _known(values: Sequence[float]) -> list[float]:
+    return [value for value in values if value == value]
+
+
+def _shown(value: Any) -> str:
+    """A setting as a configuration file would spell it."""
+    match value:
+        case None | [] | "":
+            return NOT_MEASURED
+        case bool():
+            return str(value).lower()
+        case list():
+            return ", ".join(str(item) for item in value)
+        case _:
+            return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
