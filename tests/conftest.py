@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
 from tiny_model import write_tiny_model
 
 REPOSITORY = Path(__file__).parent.parent

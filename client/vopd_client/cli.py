@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig
+from vopd_client.config import InfoConfig, ReportConfig, ScoreConfig, TrainConfig
 from vopd_client.errors import VopdError
+from vopd_client.eval_config import EvalConfig
 from vopd_settings import SettingsError, load_settings
 
 ENV_PREFIX = "VOPD_CLIENT_"
@@ -39,7 +40,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _eval(config: EvalConfig) -> int:
-    from vopd_client.evaluation import run_eval
+    from vopd_client.eval_command import run_eval
 
     run_eval(config)
     return 0

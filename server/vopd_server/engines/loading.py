@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from vopd_server.errors import ConfigError
@@ -54,6 +56,8 @@ def load_model(
     Raises: ConfigError when there is no such model, its files are damaged, its code would have to be trusted,
         it does not fit the device, or nothing says how long its contexts may be.
     """
+    if not sys.stderr.isatty():  # a progress bar is hundreds of lines of a log file
+        transformers_logging.disable_progress_bar()
     try:
         # The commit is resolved once and pins every later read, so that weights and tokenizer are of one revision.
         config_path = cached_file(model, "config.json", revision=revision)

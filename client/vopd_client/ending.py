@@ -1,0 +1,110 @@
+"""What a complete run leaves behind: the student as a model directory, summary.json, plots and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from vopd_client.checkpoint import TrainerState
+from vopd_client.errors import RunDirectoryError
+from vopd_client.preparation import Run
+from vopd_client.run_directory import RunDirectory, read_rows, write_atomically
+from vopd_client.student import LoadedStudent, save_student
+
+
+def finish_run(run: Run, state: TrainerState, show: Callable[[str | Table], None]) -> None:
+    """Writes everything that a complete run leaves behind. Doing it twice changes nothing.
+
+    Raises: RunDirectoryError when the disk is full by now.
+    """
+    if run.accelerator.is_main_process:
+        from vopd_client.report import write_report  # brings matplotlib
+
+        evaluations = read_rows(run.directory.evals_file)
+        summary = summarise(evaluations, state)
+        try:
+            export_model(run.student, run.directory)
+            write_atomically(run.directory.summary_file, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write the result to {run.directory.path}: {error}") from error
+        write_report(run.directory.path)
+        for part in (summary_table(summary), samples_table(evaluations)):
+            if part is not None:
+                show(part)
+        show(
+            f"{state.step} steps in {state.train_seconds:.0f} s, {state.teacher_wait_seconds:.0f} s of them spent "
+            f"waiting for the teacher; {summary['teacher_bytes_per_token']:.0f} bytes a token on the wire"
+        )
+        show(f"The model, curves.png, report.html and summary.json are in {run.directory.path}")
+    run.accelerator.wait_for_everyone()
+
+
+def export_model(student: LoadedStudent, directory: RunDirectory) -> None:
+    """The student as plain transformers reads it, complete or not at all."""
+    temporary = directory.path / ".tmp-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_student(student.module, student.tokenizer, temporary)
+    shutil.rmtree(directory.model, ignore_errors=True)
+    temporary.rename(directory.model)
+
+
+def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> dict[str, Any]:
+    """summary.json: before and after, from the first and the last evaluation; null for what was not measured."""
+    student = sorted((row for row in evaluations if row["who"] == "student"), key=lambda row: row["step"])
+    teacher = [row for row in evaluations if row["who"] == "teacher"]
+    before = next((row for row in student if row["step"] == 0), {})
+    after = next((row for row in student if row["step"] == state.step), {})
+    summary: dict[str, Any] = {"steps": state.step}
+    for name, row in (("before", before), ("after", after), ("teacher", teacher[0] if teacher else {})):
+        summary[f"exact_match_{name}"] = row.get("exact_match")
+        summary[f"exact_match_{name}_by_kind"] = row.get("exact_match_by_kind", {})
+    for name, row in (("before", before), ("after", after)):
+        summary[f"kl_nats_{name}"] = row.get("kl_nats")
+        summary[f"kl_nats_{name}_by_kind"] = row.get("kl_by_kind", {})
+    return summary | {
+        "train_seconds": state.train_seconds,
+        "teacher_wait_seconds": state.teacher_wait_seconds,
+        "teacher_bytes_per_token": state.teacher_bytes / max(state.num_valid_tokens, 1),
+        "num_valid_tokens": state.num_valid_tokens,
+    }
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table | None:
+    """Before, after and the teacher, by kind; None when nothing was evaluated."""
+    if summary["exact_match_before"] is None and summary["kl_nats_before"] is None:
+        return None
+    table = Table("held-out prompts", box=box.SIMPLE_HEAD)
+    for name in ("before", "after", "teacher"):
+        table.add_column(name, justify="right")
+    if summary["exact_match_before"] is not None:
+        columns = [f"exact_match_{name}" for name in ("before", "after", "teacher")]
+        table.add_row("exact match", *(_cell(summary[column], "{:.0%}") for column in columns))
+        for kind in summary["exact_match_before_by_kind"]:
+            shares = [summary[f"{column}_by_kind"].get(kind) for column in columns]
+            table.add_row(Text(f"  {kind}", style="dim"), *(_cell(share, "{:.0%}") for share in shares))
+    nats = [summary["kl_nats_before"], summary["kl_nats_after"]]
+    table.add_row("KL to the teacher, nats a token", *(_cell(value, "{:.3f}") for value in nats), "")
+    return table
+
+
+def samples_table(evaluations: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The samples of the first and the last evaluation beside one another; None when there are none."""
+    student = sorted((row for row in evaluations if row["who"] == "student"), key=lambda row: row["step"])
+    if not student or not student[0]["samples"]:
+        return None
+    table = Table("prompt", "before", "after", "answer", box=box.SIMPLE_HEAD, show_lines=True)
+    after = {sample["prompt"]: sample["completion"] for sample in student[-1]["samples"]}
+    for sample in student[0]["samples"]:
+        texts = (sample["prompt"], sample["completion"], after.get(sample["prompt"], ""), sample["answer"] or "")
+        table.add_row(*(Text(text) for text in texts))
+    return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

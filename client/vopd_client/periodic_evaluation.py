@@ -1,0 +1,125 @@
+"""The evaluations of a run: when they are due, the student's and the teacher's, and that none is done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vopd_client.batch import Batch, collate
+from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teacher
+from vopd_client.held_out_kl import KlMeasurement
+from vopd_client.preparation import Run, make_sampler
+from vopd_client.rollouts.base import Rollout
+from vopd_client.run_directory import read_rows
+from vopd_client.schedule import evaluation_seed, is_due
+from vopd_client.scoring import Request, SentRollout
+from vopd_client.teaching import measures_teacher
+from vopd_client.types import SequenceScores
+from vopd_proto.arrays import Float32Array, IntArray
+
+
+@dataclass(frozen=True)
+class EvaluationsDone:
+    """Which evaluations a run's evals.jsonl holds already."""
+
+    student_steps: frozenset[int]
+    teacher: bool
+
+
+def evaluations_done(rows: Sequence[dict[str, Any]]) -> EvaluationsDone:
+    return EvaluationsDone(
+        frozenset(row["step"] for row in rows if row["who"] == "student"),
+        any(row["who"] == "teacher" for row in rows),
+    )
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether the student is to be evaluated after `step`: before the first one, now and then, after the last."""
+    if not run.eval_prompts:
+        return False
+    return step == 0 or is_due(step, every=run.config.eval_every, total_steps=run.config.steps)
+
+
+def evaluate(run: Run, step: int, *, receive: Callable[[SentRollout], SequenceScores]) -> Iterator[Evaluation]:
+    """The evaluations after `step` that are not on disk yet; the teacher's own comes with the first of them.
+
+    Args: receive: waits for the teacher's answer to one rollout.
+
+    Raises: TeacherError, NonFiniteError.
+    """
+    done = evaluations_done(read_rows(run.directory.evals_file))
+    drafts: Sequence[IntArray] = ()
+    if step not in done.student_steps:
+        evaluation = _evaluate_student(run, step, receive)
+        drafts = evaluation.completion_ids
+        yield evaluation
+    if not done.teacher and measures_teacher(run.config, run.teacher.info):
+        evaluation, _ = evaluate_teacher(
+            run.teacher,
+            run.student.tokenizer,
+            run.eval_prompts,
+            step=step,
+            max_new_tokens=_max_new_tokens(run),
+            sample_count=run.config.sample_count,
+            student_completions=drafts,
+        )
+        yield evaluation
+
+
+def _evaluate_student(run: Run, step: int, receive: Callable[[SentRollout], SequenceScores]) -> Evaluation:
+    run.student.module.eval()
+    return evaluate_student(
+        run.student.module,
+        run.student.tokenizer,
+        run.eval_prompts,
+        step=step,
+        end_ids=run.student.end_ids,
+        pad_id=run.student.pad_id,
+        max_new_tokens=_max_new_tokens(run),
+        batch_size=run.config.rollout_batch_size,
+        sample_count=run.config.sample_count,
+        mixed_precision=run.config.mixed_precision,
+        kl=_kl_measurement(run, receive),
+    )
+
+
+def _kl_measurement(run: Run, receive: Callable[[SentRollout], SequenceScores]) -> KlMeasurement | None:
+    """None for a teacher without any support: there is nothing to take a closed form of."""
+    request = run.evaluation_request
+    if request.support == "none":
+        return None
+    return KlMeasurement(
+        teacher=run.teacher,
+        sampler=make_sampler(run.config, run.student, seed=evaluation_seed(run.config.seed)),
+        request=lambda prompt, rollout: request.of(rollout, prompt),
+        make_batch=lambda rollouts, scores, names: make_batch(run, request, rollouts, scores, names),
+        microbatch_tokens=run.config.microbatch_tokens,
+        receive=receive,
+    )
+
+
+def make_batch(
+    run: Run,
+    request: Request,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[SequenceScores],
+    prompt_names: Sequence[str],
+    teacher_full: Sequence[Float32Array] | None = None,
+) -> Batch:
+    """Rollouts and the answers to `request`, as tensors."""
+    return collate(
+        rollouts,
+        [request.swap.from_teacher(score) for score in scores],
+        prompt_names=prompt_names,
+        pad_id=run.student.pad_id,
+        num_shared_ids=run.student.module.num_shared_ids,
+        support=request.support,
+        max_support=run.config.top_k,
+        drop_end_ids=request.drop_end_ids,
+        teacher_full=teacher_full,
+    )
+
+
+def _max_new_tokens(run: Run) -> int:
+    return run.config.eval_max_new_tokens or run.config.max_new_tokens

@@ -1,0 +1,240 @@
+"""Everything a run needs, loaded and checked against each other, before its first step.
+
+In this order, so that a mistake costs as little waiting as can be: directory and prompts (by the trainer), then the
+teacher, then the student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+
+from vopd_client.baselines import choose_baseline
+from vopd_client.checkpoint import RunIdentity, TrainerState, check_identity, checkpoint_bytes, newest_checkpoint
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.errors import CheckpointError, ConfigError
+from vopd_client.handshake import num_shared_ids
+from vopd_client.optimization import make_optimizer, make_scheduler
+from vopd_client.processes import wrap
+from vopd_client.prompts import Prompt, PromptRow, load_prompts
+from vopd_client.rollouts.transformers import RolloutSampler
+from vopd_client.run_directory import RunDirectory, check_space, settings_hash
+from vopd_client.scoring import Request, WholeDistributions
+from vopd_client.student import LoadedStudent, load_student
+from vopd_client.teacher import RemoteTeacher
+from vopd_client.teaching import (
+    ConnectedTeacher,
+    Tell,
+    bias_warnings,
+    compare_tokenizers,
+    introduce,
+    measures_teacher,
+    plan_requests,
+    render,
+)
+from vopd_proto.fingerprint import token_table
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The rows of both files, checked but not rendered yet."""
+
+    train: list[PromptRow]
+    held_out: list[PromptRow]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start: nothing in it changes but the weights."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    directory: RunDirectory
+    teacher: ConnectedTeacher
+    student: LoadedStudent
+    model: nn.Module  # the student's module as accelerate wrapped it
+    optimizer: Any
+    scheduler: Any
+    sampler: RolloutSampler
+    request: Request
+    evaluation_request: Request  # with a support whatever the objective, to measure the KL with
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    identity: RunIdentity
+    state: TrainerState
+
+
+def load_rows(config: TrainConfig) -> PromptRows:
+    """Raises: DataError with file and line."""
+    return PromptRows(
+        load_prompts(config.prompts, default_verifier=config.verifier),
+        load_prompts(config.eval_prompts, default_verifier=config.verifier) if config.eval_prompts else [],
+    )
+
+
+def connect_teacher(config: TrainConfig, device: str) -> ConnectedTeacher:
+    """The teacher behind the addresses, or the one that is loaded into this process, on `device`."""
+    if config.teacher_model is not None:
+        from vopd_client.local_teacher import LocalTeacher  # brings the engine, which a remote teacher does not need
+
+        return LocalTeacher.load(
+            config.teacher_model, device=device, deterministic=config.deterministic, temperature=config.temperature
+        )
+    return RemoteTeacher.connect(
+        config.teacher_url,
+        api_key_file=config.api_key_file,
+        plaintext=config.plaintext,
+        tls_ca_file=config.tls_ca_file,
+        timeout_s=config.teacher_timeout_s,
+        window=config.teacher_window,
+        float_type=config.score_float_type,
+        temperature=config.temperature,
+    )
+
+
+def prepare_run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    rows: PromptRows,
+    teacher: ConnectedTeacher,
+    tell: Tell,
+) -> Run:
+    """Loads the student, checks that teacher, student and prompts go together, and goes back to a checkpoint.
+
+    Raises: ConfigError, DataError, HandshakeError, RunDirectoryError, CheckpointError.
+    """
+    choose_baseline(config.objective, config.baseline)
+    measures_teacher(config, teacher.info)
+    if config.objective in FULL_VOCABULARY_OBJECTIVES and not isinstance(teacher, WholeDistributions):
+        raise ConfigError(f"objective {config.objective} needs a teacher in this process (teacher_model)")
+    torch.manual_seed(config.seed)  # LoRA starts from it
+    student = load_student(
+        config.student,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        trust_remote_code=config.trust_remote_code,
+        device=accelerator.device,
+    )
+    compare_tokenizers(student, teacher)
+    longest_eval = max(config.max_new_tokens, config.eval_max_new_tokens or 0)
+    prompts = render(rows.train, config, student, teacher, max_new_tokens=config.max_new_tokens)
+    eval_prompts = render(rows.held_out, config, student, teacher, max_new_tokens=longest_eval)
+    request, evaluation_request = plan_requests(config, student, teacher, [*prompts, *eval_prompts], tell)
+
+    module = student.module
+    module.temperature = config.temperature
+    module.num_shared_ids = num_shared_ids(
+        student_vocab_size=student.vocab_size,
+        teacher_vocab_size=teacher.info.vocab_size,
+        num_ids=len(token_table(student.tokenizer)),
+    )
+    check_room(config, directory, module)
+    for line in (*introduce(config, student, teacher, prompts, eval_prompts, request), *bias_warnings(config)):
+        tell(line)
+
+    optimizer = make_optimizer(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = make_scheduler(
+        optimizer, schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=config.steps
+    )
+    wrapped = wrap(accelerator, module, optimizer, scheduler)
+    identity = RunIdentity(
+        config_hash=settings_hash(config.model_dump(mode="json")),
+        prompts_hash=hash_prompts(prompts),
+        teacher_model_id=teacher.info.model_id,
+        teacher_model_revision=teacher.info.model_revision,
+    )
+    state = go_back_to_checkpoint(config, accelerator, directory, identity, tell)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        directory=directory,
+        teacher=teacher,
+        student=student,
+        model=wrapped.model,
+        optimizer=wrapped.optimizer,
+        scheduler=wrapped.scheduler,
+        sampler=make_sampler(config, student, seed=config.seed),
+        request=request,
+        evaluation_request=evaluation_request,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        identity=identity,
+        state=state,
+    )
+
+
+def make_sampler(config: TrainConfig, student: LoadedStudent, *, seed: int) -> RolloutSampler:
+    """Rollouts of the student as the run samples them."""
+    return RolloutSampler(
+        student.module.model,
+        num_shared_ids=student.module.num_shared_ids,
+        end_ids=student.end_ids,
+        pad_id=student.pad_id,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        support_mass=config.support_mass,
+        seed=seed,
+        batch_size=config.rollout_batch_size,
+        mixed_precision=config.mixed_precision,
+    )
+
+
+def check_room(config: TrainConfig, directory: RunDirectory, module: nn.Module) -> None:
+    """Raises RunDirectoryError when the checkpoints and the final model will not fit on the disk."""
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    one_checkpoint = checkpoint_bytes(num_parameters, num_trained)
+    written = 1 if config.checkpoint_every == 0 else -(-config.steps // config.checkpoint_every)
+    there = len(list(directory.checkpoints.glob("step-*")))
+    at_once = min(config.keep_checkpoints + 1, written)  # an old one goes only after the new one is complete
+    new_ones = max(1, at_once - there)
+    check_space(
+        directory.path,
+        new_ones * one_checkpoint + 4 * num_parameters,
+        what=f"{new_ones} more checkpoints of {one_checkpoint / 1e9:.2f} GB and the final model",
+    )
+
+
+def go_back_to_checkpoint(
+    config: TrainConfig, accelerator: Accelerator, directory: RunDirectory, identity: RunIdentity, tell: Tell
+) -> TrainerState:
+    """Loads the newest complete checkpoint if the run is to go on.
+
+    Raises: CheckpointError when it is of another run, or does not fit this model.
+    """
+    if not config.resume:
+        return TrainerState()
+    checkpoint = newest_checkpoint(directory.checkpoints, tell=tell)
+    if checkpoint is None:
+        tell(f"no checkpoint in {directory.checkpoints}: starting from step 0")
+        return TrainerState()
+    check_identity(checkpoint, identity)
+    if checkpoint.state.step > config.steps:
+        raise ConfigError(f"{checkpoint.path} is beyond steps {config.steps}")
+    try:
+        accelerator.load_state(str(checkpoint.path))
+    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
+    tell(f"going on after step {checkpoint.state.step}, from {checkpoint.path}")
+    return checkpoint.state
+
+
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """A fingerprint of what both sides see, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        for ids in (prompt.student_ids, prompt.teacher_ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

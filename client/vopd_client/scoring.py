@@ -1,0 +1,123 @@
+"""From a rollout to the teacher and back: what is asked, in whose labels, and waiting for it in the open.
+
+Axes: T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from vopd_client.alignment import SupportOwner
+from vopd_client.handshake import IdSwap
+from vopd_client.interruption import StopRequest
+from vopd_client.render import Prompt
+from vopd_client.rollouts.base import Rollout
+from vopd_client.types import (
+    Candidates,
+    NoSupport,
+    SequenceScores,
+    SequenceToScore,
+    Support,
+    Teacher,
+    TeacherTopK,
+)
+from vopd_proto.arrays import Float32Array, IntArray
+
+LOOK_UP_EVERY_S = 0.2  # while waiting: for a signal, and for what the teacher's client says
+
+
+@runtime_checkable
+class WholeDistributions(Protocol):
+    """A teacher in this process can give its log-probabilities of every id."""
+
+    def full_logprobs(self, context_ids: IntArray, completion_ids: IntArray) -> Tensor:
+        """[T, V] float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What this run asks the teacher about every rollout.
+
+    support: whose ids the support is; "none": sampled log-probabilities alone.
+    swap: the student's end token and the teacher's, exchanged on the way out and back.
+    drop_end_ids: end tokens whose rows stay out of the loss.
+    """
+
+    support: SupportOwner
+    top_k: int
+    swap: IdSwap
+    drop_end_ids: frozenset[int]
+
+    def of(self, rollout: Rollout, prompt: Prompt) -> SequenceToScore:
+        """One rollout after the context that the teacher sees, in the teacher's labels."""
+        sequence = SequenceToScore(prompt.teacher_ids, rollout.completion_ids, self._support(rollout))
+        return self.swap.to_teacher(sequence)
+
+    def full_logprobs(self, sent: SentRollout, teacher: WholeDistributions) -> Float32Array:
+        """The teacher's log-probabilities of every id at every row of one rollout, [T, V], in the student's labels."""
+        completion_ids = self.swap.ids(sent.rollout.completion_ids)
+        full_TV: Float32Array = teacher.full_logprobs(sent.prompt.teacher_ids, completion_ids).cpu().numpy()
+        return full_TV[:, self.swap.ids(np.arange(full_TV.shape[1]))]
+
+    def _support(self, rollout: Rollout) -> Support:
+        match self.support:
+            case "student":
+                return Candidates(rollout.support_ids, rollout.support_counts_T)
+            case "teacher":
+                return TeacherTopK(self.top_k)
+            case "none":
+                return NoSupport()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentRollout:
+    """A rollout that the teacher is scoring."""
+
+    rollout: Rollout
+    prompt: Prompt
+    answer: Future[SequenceScores]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and completion, as the student reads them."""
+        return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids)
+
+
+def send(rollout: Rollout, prompt: Prompt, *, request: Request, teacher: Teacher) -> SentRollout:
+    """Asks the teacher at once; the answer comes later."""
+    return SentRollout(rollout, prompt, teacher.submit(request.of(rollout, prompt)))
+
+
+@dataclass(slots=True)
+class Waiter:
+    """Waits for answers, and adds up for how long.
+
+    tell_why: hears what the teacher's client says of the delay, again and again while it lasts.
+    """
+
+    stop: StopRequest
+    teacher: Teacher
+    tell_why: Callable[[str], None]
+    waited_s: float = 0.0
+
+    def scores(self, sent: SentRollout) -> SequenceScores:
+        """The answer, in the teacher's labels.
+
+        Raises: Interrupted when someone asks for the end meanwhile, and the TeacherError of the answer.
+        """
+        began = time.perf_counter()
+        try:
+            while not wait([sent.answer], timeout=LOOK_UP_EVERY_S).done:
+                self.stop.check()
+                self.tell_why(self.teacher.waiting_reason)
+            return sent.answer.result()
+        finally:
+            self.waited_s += time.perf_counter() - began

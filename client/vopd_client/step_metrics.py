@@ -1,0 +1,79 @@
+"""The numbers of one step: sums that processes add up, and the row of metrics.jsonl made of them.
+
+Axes: B sequences, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vopd_client.batch import Batch
+from vopd_client.losses import LossOutput, mean_metrics
+from vopd_client.rollouts.base import Rollout
+from vopd_client.student import StudentOutputs
+
+
+@dataclass(slots=True)
+class StepSums:
+    """What one process adds up in the course of a step. Sums, so that they add up over processes too."""
+
+    values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        self.values["num_rollouts"] += len(rollouts)
+        self.values["num_ended"] += sum(rollout.ended for rollout in rollouts)
+        self.values["num_completion_tokens"] += sum(len(rollout.completion_ids) for rollout in rollouts)
+
+    def add_microbatch(self, loss: LossOutput, student: StudentOutputs, batch: Batch) -> None:
+        self.values["loss"] += float(loss.loss_sum.detach())
+        for name, value in loss.sums.items():
+            self.values[name] += float(value)
+        self.values["logprob_mismatch"] += logprob_mismatch(student.sampled_logprobs_BT, batch)
+        self.values["num_valid_tokens"] += batch.num_valid_tokens
+
+
+def logprob_mismatch(sampled_logprobs_BT: torch.Tensor, batch: Batch) -> float:
+    """Sum of |log pi(y) in the training forward - log pi(y) when it was sampled| over the valid tokens, in nats."""
+    difference_BT = (sampled_logprobs_BT.detach() - batch.behaviour_logprobs_BT).abs()
+    return float(torch.where(batch.loss_mask_BT, difference_BT, 0.0).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of the main process. Waiting for the teacher is a part of neither the rollouts nor the update."""
+
+    rollout_s: float
+    update_s: float
+    teacher_wait_s: float
+    step_s: float
+
+
+def metrics_row(
+    step: int, totals: Mapping[str, float], times: StepTimes, *, grad_norm: float, learning_rate: float
+) -> dict[str, Any]:
+    """One row of metrics.jsonl: means over the step's valid tokens (or rollouts) of all processes."""
+    num_valid_tokens = int(totals["num_valid_tokens"])
+    per_token = 1.0 / max(num_valid_tokens, 1)
+    per_rollout = 1.0 / max(totals["num_rollouts"], 1.0)
+    return {
+        "step": step,
+        "loss": totals["loss"] * per_token,
+        **mean_metrics(totals, num_valid_tokens),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_valid_tokens": num_valid_tokens,
+        "completion_tokens_mean": totals["num_completion_tokens"] * per_rollout,
+        "ended_fraction": totals["num_ended"] * per_rollout,
+        "logprob_mismatch_nats": totals["logprob_mismatch"] * per_token,
+        "teacher_bytes_per_token": totals["teacher_bytes"] * per_token,
+        "teacher_wait_s": times.teacher_wait_s,
+        "rollout_s": times.rollout_s,
+        "update_s": times.update_s,
+        "step_s": times.step_s,
+        "tokens_per_s": num_valid_tokens / max(times.step_s, 1e-9),
+    }

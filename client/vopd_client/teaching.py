@@ -1,0 +1,161 @@
+"""Do student, teacher and settings go together? What is asked of the teacher, and what people should know first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from vopd_client.alignment import SupportOwner
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.errors import ConfigError
+from vopd_client.handshake import (
+    ScoringPlan,
+    check_capabilities,
+    check_tokenizers,
+    compare_end_tokens,
+    end_token_swap,
+)
+from vopd_client.prompts import Prompt, PromptRow, render_prompts
+from vopd_client.scoring import Request
+from vopd_client.student import LoadedStudent
+from vopd_client.types import SupportKind, Teacher, TeacherInfo
+from vopd_proto.fingerprint import token_table
+
+Tell = Callable[[str], None]
+
+MAX_TEACHER_TOKENS = 64  # eval_teacher auto: longer answers take too many requests that wait for one another
+_SUPPORT_OWNERS: dict[SupportKind, SupportOwner] = {
+    "candidates": "student",
+    "teacher_top_k": "teacher",
+    "sampled": "none",
+}
+
+
+class ConnectedTeacher(Teacher, Protocol):
+    """A teacher that can also show its tokenizer, to say what differs."""
+
+    def tokenizer(self) -> tuple[list[bytes], str]:
+        """The id -> token table, and the tokenizer's JSON."""
+        ...
+
+
+def compare_tokenizers(student: LoadedStudent, teacher: ConnectedTeacher) -> None:
+    """Raises HandshakeError that names the first differing tokens."""
+    check_tokenizers(
+        token_table(student.tokenizer),
+        teacher_fingerprint=teacher.info.fingerprint,
+        fetch_teacher_tokens=lambda: teacher.tokenizer()[0],
+    )
+
+
+def render(
+    rows: Sequence[PromptRow],
+    config: TrainConfig,
+    student: LoadedStudent,
+    teacher: ConnectedTeacher,
+    *,
+    max_new_tokens: int,
+) -> list[Prompt]:
+    """Both sides of every row as token ids, with room left for the longest completion."""
+    info = teacher.info
+    return render_prompts(
+        rows,
+        tokenizer=student.tokenizer,
+        teacher_chat_template=info.chat_template,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        student_max_length=student.max_length,
+        teacher_max_length=info.max_context_length,
+        teacher_begin_id=info.begin_id,
+        teacher_end_id=info.end_ids[0] if info.end_ids else None,
+    )
+
+
+def plan_requests(
+    config: TrainConfig, student: LoadedStudent, teacher: ConnectedTeacher, prompts: Sequence[Prompt], tell: Tell
+) -> tuple[Request, Request]:
+    """What the teacher is asked in training and in evaluation; says where that is not what the settings say.
+
+    Raises: HandshakeError for something the teacher cannot do.
+    """
+    needs_support = config.objective not in {"opd", *FULL_VOCABULARY_OBJECTIVES}
+    plan: ScoringPlan = check_capabilities(
+        teacher.info,
+        support=config.support,
+        top_k=config.top_k,
+        temperature=config.temperature,
+        objective=config.objective if needs_support else "opd",
+        max_prompt_tokens=max(len(prompt.teacher_ids) for prompt in prompts),
+        max_new_tokens=config.max_new_tokens,
+        deterministic=config.deterministic,
+    )
+    main_end_id = student.tokenizer.eos_token_id
+    end_tokens = compare_end_tokens(
+        sorted(student.end_ids, key=lambda index: (index != main_end_id, index)),
+        teacher.info.end_ids,
+        describe=lambda index: f"{student.tokenizer.convert_ids_to_tokens(index)} (id {index})",
+    )
+    if end_tokens.message:
+        tell(f"end tokens: {end_tokens.message}; end_token is {config.end_token}")
+    if plan.message:
+        tell(f"support: {plan.message}")
+    swap = end_token_swap(end_tokens, config.end_token)
+    drop_end_ids = end_tokens.unknown_to_teacher if config.end_token == "drop" else frozenset[int]()
+
+    def request(support: SupportKind) -> Request:
+        return Request(_SUPPORT_OWNERS[support], config.top_k, swap, drop_end_ids)
+
+    return request(plan.support if needs_support else "sampled"), request(plan.support)
+
+
+def introduce(
+    config: TrainConfig,
+    student: LoadedStudent,
+    teacher: ConnectedTeacher,
+    prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+    request: Request,
+) -> list[str]:
+    """Who teaches whom what, in three lines."""
+    info, module = teacher.info, student.module
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    supports = {"student": f"student's top {config.top_k}", "teacher": f"teacher's top {config.top_k}", "none": "none"}
+    return [
+        f"teacher: {info.model_id} ({info.engine} {info.engine_version}, {info.dtype}, revision {info.model_revision})",
+        f"student: {config.student}, {num_parameters:,} parameters, {num_trained:,} of them trained; "
+        f"{module.num_shared_ids} ids shared with the teacher",
+        f"objective: {config.objective}, support: {supports[request.support]}; {len(prompts)} prompts, "
+        f"{len(eval_prompts)} held out; {config.steps} steps of {config.prompts_per_step} prompts x "
+        f"{config.rollouts_per_prompt} rollouts",
+    ]
+
+
+def bias_warnings(config: TrainConfig) -> list[str]:
+    """Settings under which the gradient is not the unbiased one, and by what."""
+    warnings = []
+    if config.objective == "topk-kl":
+        warnings.append("topk-kl is biased: mass outside the support is not seen (left_out_mass_mean says how much)")
+    if config.lora_dropout > 0:
+        warnings.append(
+            f"lora_dropout {config.lora_dropout:g}: the student that learns is not quite the one that sampled "
+            "(logprob_mismatch_nats says by how much)"
+        )
+    if config.score_float_type != "float32":
+        relative = 2.0**-8 if config.score_float_type == "bfloat16" else 2.0**-11
+        warnings.append(
+            f"score_float_type {config.score_float_type}: a score of -10 nats is rounded by up to {10 * relative:.3f}"
+        )
+    return [f"warning: {warning}" for warning in warnings]
+
+
+def measures_teacher(config: TrainConfig, info: TeacherInfo) -> bool:
+    """Whether the teacher's own exact match is measured in evaluations.
+
+    Raises: ConfigError when it is asked for, and this teacher cannot say what it would write itself.
+    """
+    can = "teacher_top_k" in info.supports
+    if config.eval_teacher == "yes" and not can:
+        raise ConfigError(f"eval_teacher yes: teacher {info.model_id} has no top-k of its own to write with")
+    length = config.eval_max_new_tokens or config.max_new_tokens
+    return config.eval_teacher == "yes" or (config.eval_teacher == "auto" and can and length <= MAX_TEACHER_TOKENS)

@@ -1,0 +1,187 @@
+"""What a run tells: rows on disk in step order, TensorBoard, and a bar (or a line a step) for people.
+
+Only the main process tells anything; the others hold a `RunLog` that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from vopd_client.errors import RunDirectoryError
+from vopd_client.run_directory import RunDirectory
+
+MAX_PLAIN_LINES = 100  # of progress in a log file, over the whole run
+WAITING_LINE_EVERY_S = 15.0
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends one JSON line and waits until it is on the disk. What is not finite becomes null.
+
+    Raises: RunDirectoryError with the system's reason.
+    """
+    line = json.dumps(_finite(dict(row)), allow_nan=False, ensure_ascii=False)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def describe_step(row: Mapping[str, Any], total_steps: int) -> str:
+    """One line about a step, for people."""
+    return (
+        f"step {row['step']}/{total_steps}  KL {row['kl_nats']:.4f} nats  loss {row['loss']:+.4f}  "
+        f"grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.1f} tokens/s  {row['step_s']:.2f} s "
+        f"(rollouts {row['rollout_s']:.2f}, update {row['update_s']:.2f}, teacher wait {row['teacher_wait_s']:.2f})"
+    )
+
+
+def describe_evaluation(row: Mapping[str, Any]) -> str:
+    """One line about an evaluation, for people."""
+    parts = [f"evaluation after step {row['step']}, {row['who']}:"]
+    if row["exact_match"] is not None:
+        by_kind = ", ".join(f"{kind} {share:.1%}" for kind, share in row["exact_match_by_kind"].items())
+        parts.append(f"exact match {row['exact_match']:.1%} ({by_kind})")
+    if row["kl_nats"] is not None:
+        parts.append(f"KL {row['kl_nats']:.4f} nats")
+    return "  ".join(parts)
+
+
+def print_line(console: Console, message: str) -> None:
+    """A line for people. Square brackets in it are text, not markup."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class RunLog:
+    """Metrics, evaluations and progress of one run, from the step after `last_step` on."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        console: Console,
+        *,
+        total_steps: int,
+        last_step: int,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._console = console
+        self._total_steps = total_steps
+        self._last_step = last_step
+        self._enabled = enabled
+        self._clock = clock
+        self._told_waiting_at = -math.inf
+        self._writer: SummaryWriter | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._enabled:
+            # what TensorBoard knows of steps that are taken again is hidden by purge_step
+            self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=self._last_step + 1)
+            if self._console.is_terminal:
+                self._progress = _progress_bar(self._console)
+                self._task = self._progress.add_task("", total=self._total_steps, completed=self._last_step)
+                self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def tell(self, message: str) -> None:
+        """A line for people, above the bar."""
+        if self._enabled:
+            print_line(self._console, message)
+
+    def show(self, part: str | Table) -> None:
+        """A line or a table for people, above the bar."""
+        if isinstance(part, str):
+            self.tell(part)
+        elif self._enabled:
+            self._console.print(part)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Writes the metrics of one complete step."""
+        if not self._enabled:
+            return
+        append_row(self._run.metrics_file, row)
+        self._scalars("train", row)
+        line = describe_step(row, self._total_steps)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], description=line.split("  ", 1)[1])
+        elif row["step"] % max(1, self._total_steps // MAX_PLAIN_LINES) == 0:
+            self.tell(line)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Writes one evaluation, and its samples once more in a file of their own."""
+        if not self._enabled:
+            return
+        for sample in row.get("samples", ()):
+            append_row(self._run.samples_file, {"step": row["step"], "who": row["who"], **sample})
+        append_row(self._run.evals_file, row)
+        self._scalars(f"eval_{row['who']}", row)
+        self.tell(describe_evaluation(row))
+
+    def doing(self, what: str, *, step: int) -> None:
+        """What the current step is at; only the bar shows it."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"step {step}: {what}")
+
+    def waiting(self, reason: str, *, step: int) -> None:
+        """Why the step stands still: on the bar at once, as a line now and then."""
+        if not self._enabled:
+            return
+        if self._progress is not None:
+            what = reason or "waiting for the teacher's scores"
+            self._progress.update(self._task, description=f"step {step}: {what}")
+        elif reason and self._clock() - self._told_waiting_at >= WAITING_LINE_EVERY_S:
+            self._told_waiting_at = self._clock()
+            self.tell(f"step {step}: {reason}")
+
+    def _scalars(self, group: str, row: Mapping[str, Any]) -> None:
+        assert self._writer is not None, "the log is used inside `with`"
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+            elif isinstance(value, dict):
+                for kind, number in value.items():
+                    if isinstance(number, int | float):
+                        self._writer.add_scalar(f"{group}/{name}/{kind}", number, row["step"])
+        self._writer.flush()
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for every float that JSON cannot hold."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(name): _finite(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value

@@ -1,0 +1,318 @@
+"""On-policy distillation: sample -> score -> step -> log.
+
+The student writes completions, the teacher says how likely it finds them, the objective turns that into gradients.
+Teacher requests leave as rollouts finish and their answers are awaited just before their microbatch is needed.
+Backward runs on sums; gradients are divided once by the number of valid tokens of the whole step. A step is either
+complete, logged and counted, or it did not happen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from datetime import datetime
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from vopd_client.batch import plan_microbatches
+from vopd_client.checkpoint import TrainerState, save_checkpoint
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.ending import finish_run
+from vopd_client.errors import AlignmentError, NonFiniteError, TeacherError, TeacherUnavailableError, VopdError
+from vopd_client.interruption import Interrupted, StopRequest, stop_on_signals
+from vopd_client.losses import compute_loss
+from vopd_client.optimization import check_finite, scale_and_clip
+from vopd_client.periodic_evaluation import evaluate, evaluation_due, make_batch
+from vopd_client.preparation import Run, connect_teacher, load_rows, prepare_run
+from vopd_client.processes import Problem, agree, from_main_process, make_accelerator, make_deterministic
+from vopd_client.rollouts.base import RolloutKey
+from vopd_client.run_directory import RunDirectory, claim_run_directory, run_path
+from vopd_client.schedule import dropout_seed, is_due, rollouts_of_step, share_of_process
+from vopd_client.scoring import SentRollout, Waiter, WholeDistributions, send
+from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
+from vopd_client.student import StudentOutputs
+from vopd_client.teaching import ConnectedTeacher
+from vopd_client.tracking import RunLog, print_line
+
+Connect = Callable[[TrainConfig, str], ConnectedTeacher]
+
+EXIT_DONE, EXIT_TEACHER_GONE, EXIT_INTERRUPTED = 0, 3, 130
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    connect: Connect = connect_teacher,
+) -> int:
+    """One training run, from its settings to its report. `connect` finds the teacher that the settings name.
+
+    Returns: the exit code. 0: done. 130: interrupted, after saving. 3: the teacher was gone for longer than
+        teacher_timeout_s, after saving.
+    Raises: VopdError for everything else; what was trained until then is saved where there is anything to save.
+    """
+    console = console or Console()
+    stop = StopRequest()
+    try:
+        with stop_on_signals(stop):
+            return _run(config, console, stop, connect)
+    except Interrupted:
+        console.print("stopped before training began; nothing to save")
+        return EXIT_INTERRUPTED
+
+
+def _run(config: TrainConfig, console: Console, stop: StopRequest, connect: Connect) -> int:
+    if config.deterministic:
+        make_deterministic()
+    accelerator = make_accelerator(config)
+    tell = partial(print_line, console if accelerator.is_main_process else Console(quiet=True))
+    if not (console.is_terminal and accelerator.is_main_process):
+        transformers_logging.disable_progress_bar()
+    with _directory(config, accelerator) as directory:
+        rows = load_rows(config)  # malformed rows are reported before anything is loaded
+        tell(f"connecting to the teacher: {config.teacher_model or ', '.join(config.teacher_url)}")
+        with closing(connect(config, str(accelerator.device))) as teacher:
+            run = prepare_run(config, accelerator, directory, rows, teacher, tell)
+            if accelerator.is_main_process:
+                directory.begin(config.model_dump(mode="json"), last_step=run.state.step)
+            with RunLog(
+                directory,
+                console,
+                total_steps=config.steps,
+                last_step=run.state.step,
+                enabled=accelerator.is_main_process,
+            ) as log:
+                exit_code = _train_to_the_end(Trainer(run, log, stop), log, stop)
+    accelerator.end_training()
+    return exit_code
+
+
+def _directory(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[RunDirectory]:
+    """The main process claims the directory; the others may use it once it has."""
+    now = datetime.now()
+    path = from_main_process(
+        run_path(config.output_dir, config.name, objective=config.objective, resume=config.resume, now=now)
+    )
+    if not accelerator.is_main_process:
+        return nullcontext(RunDirectory(path))
+    return claim_run_directory(path, config.model_dump(mode="json"), resume=config.resume)
+
+
+def _train_to_the_end(trainer: Trainer, log: RunLog, stop: StopRequest) -> int:
+    """Trains; whatever ends it early, the last complete step is saved first."""
+    with stop.postponed():
+        try:
+            trainer.train()
+            finish_run(trainer.run, trainer.state, log.show)
+            return EXIT_DONE
+        except Interrupted:
+            trainer.save_if_newer()
+            log.tell(f"interrupted after step {trainer.state.step}; {trainer.how_to_go_on}")
+            return EXIT_INTERRUPTED
+        except TeacherUnavailableError as error:
+            trainer.save_if_newer()
+            log.tell(f"the teacher is gone: {error}\nstopped after step {trainer.state.step}; {trainer.how_to_go_on}")
+            return EXIT_TEACHER_GONE
+        except (TeacherError, NonFiniteError, AlignmentError):
+            trainer.save_if_newer()
+            raise
+
+
+class Trainer:
+    """The loop. `state` counts complete steps only."""
+
+    def __init__(self, run: Run, log: RunLog, stop: StopRequest) -> None:
+        self.run = run
+        self.state: TrainerState = run.state
+        self._saved_step = run.state.step
+        self._log = log
+        self._stop = stop
+        self._module = run.student.module
+
+    @property
+    def how_to_go_on(self) -> str:
+        return f"to go on: the same command with --resume --name {self.run.directory.path.name}"
+
+    def train(self) -> None:
+        """All steps that are left, with evaluations and checkpoints in between.
+
+        Raises: Interrupted and TeacherError, with `state` and weights as of the last complete step; NonFiniteError
+            before the optimizer saw what is not finite.
+        """
+        config = self.run.config
+        for step in range(self.state.step + 1, config.steps + 1):
+            self.evaluate_if_due(step - 1)
+            self.train_step(step)
+            if is_due(step, every=config.checkpoint_every, total_steps=config.steps):
+                self.save_if_newer()
+        self.evaluate_if_due(config.steps)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step on fresh rollouts."""
+        run, sums = self.run, StepSums()
+        began, bytes_before = time.perf_counter(), run.teacher.bytes_sent + run.teacher.bytes_received
+        waiter = self._waiter(step)
+        rollout_s = 0.0
+        last_loss_sum: Tensor | None = None
+        problem: Problem | None = None
+        try:
+            sent = self._sample(step)
+            rollout_s = time.perf_counter() - began
+            sums.add_rollouts([item.rollout for item in sent])
+            last_loss_sum = self._accumulate(step, sent, waiter, sums)
+        except (Interrupted, VopdError) as error:
+            problem = error
+        sums.values["teacher_bytes"] = run.teacher.bytes_sent + run.teacher.bytes_received - bytes_before
+
+        # From here on all processes do the same: they stop together, or exchange gradients and step together.
+        totals = agree(problem, sums.values)
+        assert last_loss_sum is not None
+        run.accelerator.backward(last_loss_sum)
+        grad_norm, learning_rate = self._update_weights(step, totals["num_valid_tokens"])
+
+        step_s = time.perf_counter() - began
+        times = StepTimes(rollout_s, step_s - rollout_s - waiter.waited_s, waiter.waited_s, step_s)
+        self.state = TrainerState(
+            step=step,
+            train_seconds=self.state.train_seconds + step_s,
+            teacher_wait_seconds=self.state.teacher_wait_seconds + waiter.waited_s,
+            teacher_bytes=self.state.teacher_bytes + int(totals["teacher_bytes"]),
+            num_valid_tokens=self.state.num_valid_tokens + int(totals["num_valid_tokens"]),
+        )
+        self._log.step(metrics_row(step, totals, times, grad_norm=grad_norm, learning_rate=learning_rate))
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Evaluates and writes it down, on the main process; the others learn whether it worked."""
+        if not evaluation_due(self.run, step):
+            return
+        problem: Problem | None = None
+        if self.run.accelerator.is_main_process:
+            self._log.doing("evaluation", step=step)
+            evaluations = evaluate(self.run, step, receive=self._waiter(step).scores)
+            try:
+                while True:
+                    with self._stop.at_once():
+                        evaluation = next(evaluations, None)
+                    if evaluation is None:
+                        break
+                    self._log.evaluation(evaluation.to_row())
+            except (Interrupted, VopdError) as error:
+                problem = error
+        agree(problem, {})
+
+    def save_if_newer(self) -> None:
+        """A checkpoint of the last complete step, unless there is one."""
+        if self.state.step == self._saved_step:
+            return
+        save_checkpoint(
+            self.run.directory.checkpoints,
+            self.state,
+            self.run.identity,
+            writer=self.run.accelerator,
+            keep=self.run.config.keep_checkpoints,
+        )
+        self._saved_step = self.state.step
+
+    def _waiter(self, step: int) -> Waiter:
+        return Waiter(self._stop, self.run.teacher, lambda reason: self._log.waiting(reason, step=step))
+
+    def _sample(self, step: int) -> list[SentRollout]:
+        """This process's rollouts in the order of their draws, each on its way to the teacher since it was finished."""
+        self._stop.check()
+        self._log.doing("sampling", step=step)
+        draws = share_of_process(
+            self._draws(step),
+            self.run.config.rollouts_per_prompt,
+            self.run.accelerator.process_index,
+            self.run.accelerator.num_processes,
+        )
+        prompts = {key: self.run.prompts[key.prompt_index] for key in draws}
+        sent: dict[RolloutKey, SentRollout] = {}
+        for rollout in self.run.sampler.sample([(key, prompts[key].student_ids) for key in draws]):
+            prompt = prompts[rollout.key]
+            sent[rollout.key] = send(rollout, prompt, request=self.run.request, teacher=self.run.teacher)
+            self._stop.check()
+        return [sent[key] for key in draws]
+
+    def _draws(self, step: int) -> list[RolloutKey]:
+        config = self.run.config
+        return rollouts_of_step(
+            config.seed, step, len(self.run.prompts), config.prompts_per_step, config.rollouts_per_prompt
+        )
+
+    def _accumulate(self, step: int, sent: list[SentRollout], waiter: Waiter, sums: StepSums) -> Tensor:
+        """Adds up gradients of all microbatches but the last, whose summed loss it returns.
+
+        The plan depends on lengths alone, never on the order in which answers arrive.
+        """
+        run = self.run
+        self._log.doing("update", step=step)
+        self._module.train()
+        torch.manual_seed(dropout_seed(run.config.seed, step, run.accelerator.process_index))
+        run.optimizer.zero_grad()
+        plan = plan_microbatches([item.num_tokens for item in sent], run.config.microbatch_tokens)
+        *earlier, last = [[sent[index] for index in indices] for indices in plan]
+        for items in earlier:
+            with run.accelerator.no_sync(run.model):
+                run.accelerator.backward(self._loss_sum(step, items, waiter, sums))
+        return self._loss_sum(step, last, waiter, sums)
+
+    def _loss_sum(self, step: int, items: list[SentRollout], waiter: Waiter, sums: StepSums) -> Tensor:
+        """The loss of one microbatch, summed over its tokens, once its answers are there."""
+        run, config = self.run, self.run.config
+        self._stop.check()
+        names = [item.prompt.source for item in items]
+        scores = [waiter.scores(item) for item in items]
+        full = None
+        if config.objective in FULL_VOCABULARY_OBJECTIVES:
+            assert isinstance(run.teacher, WholeDistributions)
+            full = [run.request.full_logprobs(item, run.teacher) for item in items]
+        batch = make_batch(run, run.request, [item.rollout for item in items], scores, names, full)
+        batch = batch.to(run.accelerator.device)
+        student: StudentOutputs = run.model(
+            batch.input_ids_BS,
+            batch.attention_mask_BS,
+            batch.row_index_BT,
+            batch.completion_ids_BT,
+            batch.support_ids_BTK,
+            batch.support_mask_BTK,
+            batch.loss_mask_BT,
+            want_full=full is not None,
+        )
+        try:
+            loss = compute_loss(config.objective, student, batch, tail=config.tail, baseline=config.baseline)
+            check_finite(float(loss.loss_sum.detach()), "loss")
+        except NonFiniteError as error:
+            raise stopped_before_update(step, names, error) from error
+        sums.add_microbatch(loss, student, batch)
+        return loss.loss_sum
+
+    def _update_weights(self, step: int, num_valid_tokens: float) -> tuple[float, float]:
+        """The optimizer step; returns the gradient's norm before clipping and the learning rate."""
+        run = self.run
+        learning_rate = float(run.optimizer.param_groups[0]["lr"])
+        try:
+            grad_norm = scale_and_clip(
+                run.accelerator,
+                run.model,
+                num_valid_tokens=num_valid_tokens,
+                max_grad_norm=run.config.max_grad_norm,
+            )
+        except NonFiniteError as error:
+            names = [run.prompts[key.prompt_index].source for key in self._draws(step)]
+            raise stopped_before_update(step, names, error) from error
+        run.optimizer.step()
+        run.scheduler.step()
+        return grad_norm, learning_rate
+
+
+def stopped_before_update(step: int, prompt_names: list[str], error: NonFiniteError) -> NonFiniteError:
+    """The same error with what is needed to look into it."""
+    names = ", ".join(dict.fromkeys(prompt_names))
+    return NonFiniteError(f"step {step} stopped before the weights were updated: {error} (prompts: {names})")

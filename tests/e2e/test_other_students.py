@@ -1,0 +1,95 @@
+"""Students that are not the teacher, against a real language model in a real teacher process: fewer layers with a
+padded embedding, and another end token."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import REPOSITORY
+from teacher_process import RunningTeacher, start_teacher
+from vopd_client.run_directory import read_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+DEMO = REPOSITORY / "examples" / "demo"
+TEACHER_END, OTHER_END = 2, 0  # <|im_end|>, <|endoftext|>
+
+
+@pytest.fixture(scope="module")
+def teacher(demo_model_dir: Path) -> Iterator[RunningTeacher]:
+    with start_teacher(demo_model_dir, "--dtype", "bfloat16") as running:
+        yield running
+
+
+def load(directory: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+
+
+def train(student: Path, teacher: RunningTeacher, runs: Path, *flags: str) -> tuple[str, Path]:
+    """`vopd-client train` with the demo's prompts; what it printed, and its run directory."""
+    held_out = runs / "held_out.jsonl"  # a few are enough to see the KL fall
+    held_out.write_text("".join((DEMO / "heldout.jsonl").read_text().splitlines(keepends=True)[:8]))
+    command = [sys.executable, "-m", "vopd_client.cli", "train", "--config", str(DEMO / "run.yaml")]
+    settings = ["--student", str(student), "--teacher-url", teacher.url, "--output-dir", str(runs), "--name", "run"]
+    evaluation = ["--eval-prompts", str(held_out), "--eval-every", "0", "--eval-teacher", "no"]
+    run = subprocess.run(
+        [*command, *settings, *evaluation, *flags], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, runs / "run"
+
+
+def test_a_pruned_student_with_a_padded_embedding_learns_without_ever_writing_a_padded_id(
+    demo_model_dir: Path, teacher: RunningTeacher, tmp_path: Path
+) -> None:
+    model, tokenizer = load(demo_model_dir)
+    kept = [*range(12), *range(27, 30)]  # half of the 30 layers
+    model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in kept)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(kept)
+    num_ids = model.config.vocab_size
+    model.resize_token_embeddings(num_ids + 128, mean_resizing=False)
+    # Padded rows that would win the softmax, were they not masked; the teacher refuses ids it does not have, so one
+    # sampled id among them, or one in a support, would end the run.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[num_ids:] = torch.randn(128, model.config.hidden_size)
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+
+    _, run_dir = train(tmp_path / "student", teacher, tmp_path, "--steps", "6", "--learning-rate", "1e-4")
+
+    rows = read_rows(run_dir / "metrics.jsonl")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # The same held-out prompts before and after; six steps on a damaged model win back nats, not answers.
+    assert summary["kl_nats_after"] < 0.7 * summary["kl_nats_before"]
+    trained, _ = load(run_dir / "model")
+    assert trained.config.vocab_size == num_ids + 128
+
+
+def test_a_student_with_another_end_token_learns_to_end_with_its_own(
+    demo_model_dir: Path, teacher: RunningTeacher, tmp_path: Path
+) -> None:
+    model, tokenizer = load(demo_model_dir)
+    model.config.eos_token_id = model.generation_config.eos_token_id = OTHER_END
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(OTHER_END)
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+
+    printed, run_dir = train(tmp_path / "student", teacher, tmp_path, "--steps", "10")
+
+    assert "student ends with <|endoftext|> (id 0), teacher with <|im_end|> (id 2); end_token is map" in printed
+    rows = read_rows(run_dir / "metrics.jsonl")
+    # At first it writes the teacher's end token and goes on; mapped, the teacher asks for the student's own.
+    assert rows[0]["ended_fraction"] < 0.2
+    assert rows[-1]["ended_fraction"] > 0.6

@@ -1,0 +1,41 @@
+"""Processes go on together or stop together. `exchange` is what accelerate does between real ones."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from vopd_client.errors import TeacherUnavailableError
+from vopd_client.interruption import Interrupted
+from vopd_client.processes import Problem, Report, agree
+
+
+def among(*others: Report):  # type: ignore[no-untyped-def]
+    """An exchange with these other processes, through pickle as in real life."""
+
+    def exchange(mine: list[Report]) -> list[Report]:
+        return [*pickle.loads(pickle.dumps(mine)), *others]
+
+    return exchange
+
+
+def test_sums_add_up_when_nobody_has_a_problem() -> None:
+    exchange = among((None, {"loss": 2.0, "num_valid_tokens": 5.0}))
+    assert agree(None, {"loss": 1.0, "num_valid_tokens": 3.0}, exchange=exchange) == {
+        "loss": 3.0,
+        "num_valid_tokens": 8.0,
+    }
+
+
+@pytest.mark.parametrize("problem", [Interrupted(), TeacherUnavailableError("gone for 600 s")])
+def test_the_problem_of_one_process_stops_the_others(problem: Problem) -> None:
+    with pytest.raises(type(problem)) as caught:
+        agree(None, {"loss": 1.0}, exchange=among((None, {}), (problem, {})))
+    assert str(caught.value) == str(problem)
+
+
+def test_a_process_reports_its_own_problem_first() -> None:
+    mine = TeacherUnavailableError("mine")
+    with pytest.raises(TeacherUnavailableError, match="mine"):
+        agree(mine, {}, exchange=among((Interrupted(), {})))
