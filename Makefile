@@ -32,8 +32,9 @@ $(MODEL)/config.json: | $(INSTALLED)
 demo: install model ## A teacher process, a student that learns from it, and the report
 	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL=$(MODEL) sh examples/demo/run.sh
 
+# One thread a process: two test processes share the cores, and spinning threads would starve one another.
 test: install model ## All tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 lint: install ## Format, lint, types: what CI checks
 	$(BIN)/ruff format --check .
