@@ -86,9 +86,7 @@ def unpack_floats(array: pb.FloatArray) -> Float32Array:
     if array.type not in widths:
         raise ArrayError(f"float type {array.type} is not known; FLOAT32, FLOAT16 and BFLOAT16 are")
     if len(array.data) % widths[array.type]:
-        raise ArrayError(
-            f"{len(array.data)} bytes are not a whole number of {widths[array.type]}-byte floats"
-        )
+        raise ArrayError(f"{len(array.data)} bytes are not a whole number of {widths[array.type]}-byte floats")
     if array.type == pb.BFLOAT16:
         return (np.frombuffer(array.data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float32)
     return np.frombuffer(array.data, "<f4" if array.type == pb.FLOAT32 else "<f2").astype(np.float32)

@@ -1,0 +1,31 @@
+"""Every configuration that ships parses, and the server's service file says what the settings say."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY
+from vopd_client.config import TrainConfig
+from vopd_server.config import ServerConfig
+
+DEPLOY = REPOSITORY / "deploy"
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("examples/**/*.yaml")), ids=lambda path: path.parent.name)
+def test_an_example_run_parses_and_its_files_exist(path: Path) -> None:
+    config = TrainConfig.model_validate(yaml.safe_load(path.read_text()))
+    assert (REPOSITORY / config.prompts).exists()
+    assert config.eval_prompts is None or (REPOSITORY / config.eval_prompts).exists()
+
+
+def test_the_teachers_settings_parse_and_leave_systemd_time_to_drain() -> None:
+    config = ServerConfig.model_validate(yaml.safe_load((DEPLOY / "teacher.yaml").read_text()))
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(DEPLOY / "vopd-teacher.service")
+    assert "vopd-server serve --config" in unit["Service"]["ExecStart"]
+    assert float(unit["Service"]["TimeoutStopSec"]) > config.drain_timeout_s
