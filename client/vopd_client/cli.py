@@ -9,9 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from vopd_client.config import InfoConfig, ReportConfig, ScoreConfig, TrainConfig
+from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig
 from vopd_client.errors import VopdError
-from vopd_client.eval_config import EvalConfig
 from vopd_settings import SettingsError, load_settings
 
 ENV_PREFIX = "VOPD_CLIENT_"

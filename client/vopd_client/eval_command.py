@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vopd_client.config import EvalConfig
 from vopd_client.errors import DataError, RunDirectoryError
-from vopd_client.eval_config import EvalConfig
 from vopd_client.evaluation import NO_KIND, Evaluation, evaluate_student
 from vopd_client.prompts import PromptRow, load_prompts, render_prompts
 from vopd_client.student import load_student
