@@ -60,6 +60,8 @@ def align(
     _check_distinct(ids, rows, prompt_name)
     # An id that one side does not have leaves S: its log-ratio is infinite, and it would reach V, b* and rb.
     is_kept = (ids >= 0) & (ids < num_shared_ids) & ~np.isneginf(logprobs) & in_loss_T[rows]
+    # Rows that end are left out, so the others are draws from pi given that it goes on: its end has no place in S.
+    is_kept &= ~np.isin(ids, list(drop_end_ids))
     mask_TK = _row_mask(np.bincount(rows[is_kept], minlength=len(counts_T)))
     return AlignedSequence(
         in_loss_T=in_loss_T,

@@ -105,14 +105,23 @@ def save_checkpoint(
 
 
 def newest_checkpoint(checkpoints: Path, *, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest complete checkpoint; `tell` hears of each one that is passed over, and why."""
+    """The newest complete checkpoint, None when none was ever written; `tell` hears of each that is passed over.
+
+    Raises: CheckpointError when there are checkpoints and none of them can be read.
+    """
     for leftover in sorted(checkpoints.glob(f"{_TEMPORARY}*")):
         tell(f"ignoring {leftover}: it was not finished")
+    num_unreadable = 0
     for path in _by_step_descending(checkpoints):
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
             tell(f"ignoring {error}")
+            num_unreadable += 1
+    if num_unreadable:  # starting over would drop the metrics, and in the end these checkpoints
+        raise CheckpointError(
+            f"none of the {num_unreadable} checkpoints in {checkpoints} can be read: move them away to start over"
+        )
     return None
 
 

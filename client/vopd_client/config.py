@@ -29,7 +29,15 @@ def _split_commas(value: object) -> object:
     return value
 
 
+def _yes_or_no(value: object) -> object:
+    """YAML reads a bare `no` as false; here it is a word."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+MixedPrecision = Annotated[Literal["bf16", "no"], BeforeValidator(_yes_or_no)]
+YesNoAuto = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
+Temperature = Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]  # the teacher takes none below
 
 
 class TeacherConfig(Settings):
@@ -46,12 +54,11 @@ class TeacherConfig(Settings):
     plaintext: bool = Field(False, description="Send the API key over an unencrypted connection to another machine.")
     tls_ca_file: Path | None = Field(
         None,
-        description="PEM file with the certificate authority of a grpcs:// teacher; default: the system's.",
+        description="PEM file with the certificate authority of a grpcs:// teacher; default: those that gRPC ships.",
     )
     teacher_timeout_s: float = Field(
         600.0, gt=0, description="Seconds without any progress of the teacher after which it counts as gone."
     )
-    teacher_window: int = Field(64, ge=1, description="Sequences sent to the teacher and not yet answered, at most.")
     score_float_type: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="Type of the scores on the wire."
     )
@@ -59,6 +66,10 @@ class TeacherConfig(Settings):
 
 class TrainConfig(TeacherConfig):
     """One training run."""
+
+    teacher_window: int = Field(
+        64, ge=1, le=4000, description="Sequences sent to the teacher and not yet answered, at most."
+    )
 
     # --- who and what
     student: str = Field(description="Student model: a directory or a hub id.")
@@ -99,8 +110,8 @@ class TrainConfig(TeacherConfig):
         description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: kl "
         "for vopd, optimal for vopd-rb.",
     )
-    temperature: float = Field(
-        1.0, gt=0, description="Temperature of the sampling and of both models' log-probabilities."
+    temperature: Temperature = Field(
+        1.0, description="Temperature of the sampling and of both models' log-probabilities."
     )
 
     # --- rollouts
@@ -119,7 +130,7 @@ class TrainConfig(TeacherConfig):
 
     # --- optimisation
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(1e-5, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate over the steps.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
@@ -129,7 +140,7 @@ class TrainConfig(TeacherConfig):
         ge=1,
         description="Tokens, padding included, of one forward and backward pass, at most (one sequence always fits).",
     )
-    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast over fp32 master weights.")
+    mixed_precision: MixedPrecision = Field("bf16", description="Autocast over fp32 master weights.")
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA adapters; 0: full fine-tuning.")
     lora_alpha: float = Field(128.0, gt=0, description="LoRA alpha.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
@@ -148,7 +159,7 @@ class TrainConfig(TeacherConfig):
     eval_max_new_tokens: int | None = Field(
         None, ge=1, description="Tokens of a completion in evaluation; default: max-new-tokens."
     )
-    eval_teacher: Literal["auto", "yes", "no"] = Field(
+    eval_teacher: YesNoAuto = Field(
         "auto",
         description="Measure the teacher's own exact match through the scoring service; auto: for completions of at "
         "most 64 tokens.",
@@ -179,6 +190,10 @@ class InfoConfig(TeacherConfig):
     """`vopd-client info`."""
 
     teacher_url: CommaSeparated = Field(min_length=1, description=TeacherConfig.model_fields["teacher_url"].description)
+    # Somebody looks at the screen: a teacher that is not there is soon said so.
+    teacher_timeout_s: float = Field(
+        20.0, gt=0, description=TeacherConfig.model_fields["teacher_timeout_s"].description
+    )
 
 
 class ScoreConfig(InfoConfig):
@@ -188,7 +203,7 @@ class ScoreConfig(InfoConfig):
     completion: str = Field(description="Text to score.")
     chat: bool = Field(False, description="Render the prompt as a user's message with the teacher's chat template.")
     top: int = Field(5, ge=0, description="The teacher's own most likely tokens shown at every position; 0: none.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's log-probabilities.")
+    temperature: Temperature = Field(1.0, description="Temperature of the teacher's log-probabilities.")
 
 
 class EvalConfig(Settings):
@@ -210,7 +225,7 @@ class EvalConfig(Settings):
         "exact", description="How a completion is compared with a row's answer, unless the row names its own verifier."
     )
     sample_count: int = Field(3, ge=0, description="Completions shown.")
-    mixed_precision: Literal["bf16", "no"] = Field("no", description="Autocast over fp32 weights.")
+    mixed_precision: MixedPrecision = Field("no", description="Autocast over fp32 weights.")
     device: str | None = Field(None, description="Device: cpu, cuda, mps; default: the best there is.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model's files.")
     json_file: Path | None = Field(None, description="File to write the result to as JSON, beside the table.")

@@ -7,6 +7,7 @@ VopdError
 ├── CheckpointError (ValueError)              a checkpoint that does not fit this run
 ├── AlignmentError (ValueError)               scores that do not line up with the completion
 ├── NonFiniteError (ArithmeticError)          a log-probability or loss that is not finite
+├── OutOfMemory (MemoryError)                 the device is full; names the settings that help
 └── TeacherError
     ├── HandshakeError (ValueError)           another tokenizer, or something it cannot do
     ├── TeacherRequestError (ValueError)      INVALID_ARGUMENT: the request can never be answered
@@ -45,6 +46,10 @@ class AlignmentError(VopdError, ValueError):
 
 class NonFiniteError(VopdError, ArithmeticError):
     """A log-probability or a loss that is not finite where it must be."""
+
+
+class OutOfMemory(VopdError, MemoryError):  # noqa: N818  (named as torch's)
+    """The student's device is full; the message names the settings that help."""
 
 
 class TeacherError(VopdError):

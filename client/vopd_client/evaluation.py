@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from vopd_client.rollouts.decoding import MixedPrecision
 from vopd_client.rollouts.transformers import greedy
 from vopd_client.student import StudentForTraining
 from vopd_client.teacher_greedy import GreedyCost, greedy_by_scoring
-from vopd_client.types import Teacher
+from vopd_client.types import SequenceScores, Teacher
 from vopd_client.verify import matches
 from vopd_proto.arrays import IntArray
 
@@ -122,6 +123,7 @@ def evaluate_teacher(
     max_new_tokens: int,
     sample_count: int,
     student_completions: Sequence[IntArray] = (),
+    receive: Callable[[Future[SequenceScores]], SequenceScores] = Future.result,
 ) -> tuple[Evaluation, GreedyCost]:
     """The teacher's greedy completions of its own contexts, written by its scoring service.
 
@@ -139,6 +141,7 @@ def evaluate_teacher(
         drafts,
         end_ids=end_ids,
         max_new_tokens=max_new_tokens,
+        receive=receive,
     )
     samples = judge(prompts, completions, tokenizer, end_ids)
     return summarise(samples, completions, step=step, who="teacher", kl_by_token=[], sample_count=sample_count), cost

@@ -86,16 +86,19 @@ def compare_end_tokens(
     `describe` is how an id stands in the message.
 
     A teacher that ends otherwise gives the student's end token next to no probability, and so punishes
-    every ending. With one end token in common nothing need be mapped: the student can learn to use that.
+    every ending. Where the student can end as the teacher mainly does, nothing need be mapped.
     """
-    unknown = frozenset(student_end_ids) - frozenset(teacher_end_ids)
+    ends_of_student, ends_of_teacher = frozenset(student_end_ids), frozenset(teacher_end_ids)
+    # A teacher may list an end that it hardly ever writes: what counts is whether the student can end as it does.
+    shares_main = bool(teacher_end_ids) and teacher_end_ids[0] in ends_of_student
+    unknown = ends_of_student - ends_of_teacher if shares_main or not teacher_end_ids else ends_of_student
     if not unknown:
         return EndTokens(None, frozenset(), "")
     ours, theirs = (
         ", ".join(describe(index) for index in ids) or "no token" for ids in (student_end_ids, teacher_end_ids)
     )
     ends = f"student ends with {ours}, teacher with {theirs}"
-    if len(unknown) < len(set(student_end_ids)) or not teacher_end_ids:
+    if shares_main or not teacher_end_ids:
         return EndTokens(None, unknown, ends)
     return EndTokens((student_end_ids[0], teacher_end_ids[0]), unknown, ends)
 
@@ -215,6 +218,7 @@ def check_same_teacher(before: TeacherInfo, now: TeacherInfo, *, where: str) -> 
             ("model revision", before.model_revision, now.model_revision),
             ("tokenizer fingerprint", before.fingerprint, now.fingerprint),
             ("vocabulary size", before.vocab_size, now.vocab_size),
+            ("dtype", before.dtype, now.dtype),
         )
         if old != new
     ]
@@ -222,6 +226,8 @@ def check_same_teacher(before: TeacherInfo, now: TeacherInfo, *, where: str) -> 
         changes.append(f"no longer offers {_names(missing)}")
     if before.deterministic and not now.deterministic:
         changes.append("no longer deterministic")
+    if before.any_temperature and not now.any_temperature:
+        changes.append("scores at temperature 1 only")
     if changes:
         raise HandshakeError(
             f"{where} is not the teacher this run began with: {'; '.join(changes)}. "

@@ -37,6 +37,7 @@ def linear_logprobs(
     num_shared_ids: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    dropped_ids: tuple[int, ...] = (),
     chunk_rows: int = 1024,
 ) -> LinearLogprobs:
     """log pi at the sampled token and on the support, for every row.
@@ -51,6 +52,7 @@ def linear_logprobs(
         temperature: of the distillation; divides the logits.
         num_shared_ids: the ids that both sides have are a prefix; the others are left out of the softmax.
         logit_scale, softcap: what the model does to its logits, in this order; softcap None: nothing.
+        dropped_ids: ids below num_shared_ids that are left out of the softmax too; never sampled, never in a support.
         chunk_rows: rows whose logits exist at the same time.
     """
     # Sliced once, out here: the gradient of a slice is an array as large as the whole head.
@@ -63,7 +65,7 @@ def linear_logprobs(
     for start in range(0, max(len(hidden_NH), 1), chunk_rows):  # one empty chunk when there are no rows
         rows = slice(start, start + chunk_rows)
         arguments = (hidden_NH[rows], weight_VH, bias_V, ids_NK[rows], mask_NK[rows])
-        settings = (temperature, logit_scale, softcap)
+        settings = (temperature, logit_scale, softcap, dropped_ids)
         if is_training:
             # Nothing in a chunk is random, so the generator's state need not be kept for the second forward.
             chunk = checkpoint(_chunk_logprobs, *arguments, *settings, use_reentrant=False, preserve_rng_state=False)
@@ -85,13 +87,14 @@ def full_logprobs(
     num_shared_ids: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    dropped_ids: tuple[int, ...] = (),
 ) -> Tensor:
     """log pi of every shared id, [N, num_shared_ids], with a gradient; for the objectives over the whole vocabulary.
 
     The arguments are those of `linear_logprobs`. The result itself is [N, V], so nothing is gained by chunks.
     """
     weight_VH, bias_V = _shared_rows(weight_VH, bias_V, num_shared_ids)
-    logits_NV = _logits(hidden_NH, weight_VH, bias_V, temperature, logit_scale, softcap)
+    logits_NV = _logits(hidden_NH, weight_VH, bias_V, temperature, logit_scale, softcap, dropped_ids)
     return torch.log_softmax(logits_NV, dim=-1)
 
 
@@ -117,6 +120,7 @@ def _logits(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    dropped_ids: tuple[int, ...],
 ) -> Tensor:
     """The logits at the distillation's temperature, [N, V] float32 or float64."""
     # Under autocast the head is cast here, once a chunk: cast once for all chunks, its gradient would add up in
@@ -128,6 +132,8 @@ def _logits(
         logits_NV = logits_NV * logit_scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    if dropped_ids:
+        logits_NV = logits_NV.index_fill(-1, torch.tensor(dropped_ids, device=logits_NV.device), float("-inf"))
     return logits_NV if temperature == 1.0 else logits_NV / temperature
 
 
@@ -140,9 +146,10 @@ def _chunk_logprobs(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    dropped_ids: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """log pi at the ids [n, K], 0 outside the mask, and sum pi^2 [n], for one chunk of rows."""
-    logits_NV = _logits(hidden_NH, weight_VH, bias_V, temperature, logit_scale, softcap)
+    logits_NV = _logits(hidden_NH, weight_VH, bias_V, temperature, logit_scale, softcap, dropped_ids)
     log_z_N = torch.logsumexp(logits_NV, dim=-1)
     # One gather for sampled token and support alike: its gradient is one [n, V] array, not two.
     logprobs_NK = torch.where(mask_NK, gather_masked(logits_NV, ids_NK, mask_NK) - log_z_N[:, None], 0.0)

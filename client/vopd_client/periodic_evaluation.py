@@ -13,7 +13,7 @@ from vopd_client.preparation import Run, make_sampler
 from vopd_client.rollouts.base import Rollout
 from vopd_client.run_directory import read_rows
 from vopd_client.schedule import evaluation_seed, is_due
-from vopd_client.scoring import Request, SentRollout
+from vopd_client.scoring import Request, SentRollout, Waiter
 from vopd_client.teaching import measures_teacher
 from vopd_client.types import SequenceScores
 from vopd_proto.arrays import Float32Array, IntArray
@@ -41,17 +41,17 @@ def evaluation_due(run: Run, step: int) -> bool:
     return step == 0 or is_due(step, every=run.config.eval_every, total_steps=run.config.steps)
 
 
-def evaluate(run: Run, step: int, *, receive: Callable[[SentRollout], SequenceScores]) -> Iterator[Evaluation]:
+def evaluate(run: Run, step: int, waiter: Waiter) -> Iterator[Evaluation]:
     """The evaluations after `step` that are not on disk yet; the teacher's own comes with the first of them.
 
-    Args: receive: waits for the teacher's answer to one rollout.
+    Args: waiter: waits for the teacher's answers.
 
     Raises: TeacherError, NonFiniteError.
     """
     done = evaluations_done(read_rows(run.directory.evals_file))
     drafts: Sequence[IntArray] = ()
     if step not in done.student_steps:
-        evaluation = _evaluate_student(run, step, receive)
+        evaluation = _evaluate_student(run, step, waiter.scores)
         drafts = evaluation.completion_ids
         yield evaluation
     if not done.teacher and measures_teacher(run.config, run.teacher.info):
@@ -63,6 +63,7 @@ def evaluate(run: Run, step: int, *, receive: Callable[[SentRollout], SequenceSc
             max_new_tokens=_max_new_tokens(run),
             sample_count=run.config.sample_count,
             student_completions=drafts,
+            receive=waiter.answer,
         )
         yield evaluation
 

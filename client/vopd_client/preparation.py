@@ -36,6 +36,7 @@ from vopd_client.teaching import (
     bias_warnings,
     compare_tokenizers,
     introduce,
+    longest_completion,
     measures_teacher,
     plan_requests,
     render,
@@ -126,9 +127,8 @@ def prepare_run(
         device=accelerator.device,
     )
     compare_tokenizers(student, teacher)
-    longest_eval = max(config.max_new_tokens, config.eval_max_new_tokens or 0)
     prompts = render(rows.train, config, student, teacher, max_new_tokens=config.max_new_tokens)
-    eval_prompts = render(rows.held_out, config, student, teacher, max_new_tokens=longest_eval)
+    eval_prompts = render(rows.held_out, config, student, teacher, max_new_tokens=longest_completion(config))
     request, evaluation_request = plan_requests(config, student, teacher, [*prompts, *eval_prompts], tell)
 
     module = student.module
@@ -138,6 +138,7 @@ def prepare_run(
         teacher_vocab_size=teacher.info.vocab_size,
         num_ids=len(token_table(student.tokenizer)),
     )
+    module.dropped_ids = tuple(sorted(request.drop_end_ids))
     check_room(config, directory, module)
     for line in (*introduce(config, student, teacher, prompts, eval_prompts, request), *bias_warnings(config)):
         tell(line)

@@ -109,15 +109,19 @@ class Waiter:
     waited_s: float = 0.0
 
     def scores(self, sent: SentRollout) -> SequenceScores:
-        """The answer, in the teacher's labels.
+        """The answer to a rollout, in the teacher's labels. Raises: as `answer`."""
+        return self.answer(sent.answer)
+
+    def answer(self, answer: Future[SequenceScores]) -> SequenceScores:
+        """One answer of the teacher's.
 
         Raises: Interrupted when someone asks for the end meanwhile, and the TeacherError of the answer.
         """
         began = time.perf_counter()
         try:
-            while not wait([sent.answer], timeout=LOOK_UP_EVERY_S).done:
+            while not wait([answer], timeout=LOOK_UP_EVERY_S).done:
                 self.stop.check()
                 self.tell_why(self.teacher.waiting_reason)
-            return sent.answer.result()
+            return answer.result()
         finally:
             self.waited_s += time.perf_counter() - began

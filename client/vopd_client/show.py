@@ -22,8 +22,6 @@ from vopd_client.types import SupportKind, TeacherInfo
 if TYPE_CHECKING:
     from vopd_client.config import InfoConfig, ScoreConfig, TeacherConfig
 
-# Somebody looks at the screen: a teacher that is not there is soon said so, unless they set a time-out.
-VIEW_TIMEOUT_S = 20.0
 FILE_WIDTH = 110  # columns where nobody has a terminal
 BAR_WIDTH = 10
 PERCENT_WIDTH = 8  # " 100.00%"
@@ -60,14 +58,13 @@ def _console() -> Console:
 
 @contextmanager
 def _connected(config: TeacherConfig, console: Console, *, temperature: float) -> Iterator[RemoteTeacher]:
-    timeout_is_set = "teacher_timeout_s" in config.model_fields_set
     with console.status(f"asking {', '.join(config.teacher_url)} …"):
         teacher = RemoteTeacher.connect(
             config.teacher_url,
             api_key_file=config.api_key_file,
             plaintext=config.plaintext,
             tls_ca_file=config.tls_ca_file,
-            timeout_s=config.teacher_timeout_s if timeout_is_set else VIEW_TIMEOUT_S,
+            timeout_s=config.teacher_timeout_s,
             float_type=config.score_float_type,
             temperature=temperature,
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vopd_client.errors import ConfigError
 from vopd_client.linear_logprobs import full_logprobs, linear_logprobs
 from vopd_client.model_files import (
     add_lora,
@@ -40,7 +41,8 @@ class StudentForTraining(nn.Module):
     """Wraps a causal LM, plain or with LoRA, as `model`.
 
     The output layer runs inside this forward, so that the hooks of DDP and FSDP see its weight being used. The
-    trainer sets `temperature` and, after the handshake, `num_shared_ids` (until then: all ids of the output layer).
+    trainer sets `temperature` and, after the handshake, `num_shared_ids` (until then: all ids of the output layer)
+    and `dropped_ids`, end tokens that pi is to be conditioned against (until then: none).
 
     Raises: ConfigError when the logits of this architecture cannot be computed from its hidden states.
     """
@@ -52,6 +54,7 @@ class StudentForTraining(nn.Module):
         check_output_head(self.causal_lm)
         self.temperature = 1.0
         self.num_shared_ids = self.vocab_size
+        self.dropped_ids: tuple[int, ...] = ()
         self.train()
 
     @property
@@ -109,6 +112,7 @@ class StudentForTraining(nn.Module):
             num_shared_ids=self.num_shared_ids,
             logit_scale=transform.scale,
             softcap=transform.softcap,
+            dropped_ids=self.dropped_ids,
         )
         full_NV = None
         if want_full:
@@ -120,6 +124,7 @@ class StudentForTraining(nn.Module):
                 num_shared_ids=self.num_shared_ids,
                 logit_scale=transform.scale,
                 softcap=transform.softcap,
+                dropped_ids=self.dropped_ids,
             )
 
         def padded(values: Tensor) -> Tensor:
@@ -170,13 +175,14 @@ def load_student(
     Raises: ConfigError, which names the path, when it does not exist, is damaged, is not a causal LM, has no
         tokenizer, or computes logits in a way that is not known here.
     """
+    where = _best_device() if device is None else _usable_device(device)
     model = load_causal_lm(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     end_ids = end_token_ids(model, tokenizer)
     max_length = max_input_length(model)
     if lora_rank > 0:
         model = add_lora(model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
-    module = StudentForTraining(model.to(_best_device() if device is None else torch.device(device)))
+    module = StudentForTraining(model.to(where))
     pad_id = tokenizer.pad_token_id
     return LoadedStudent(
         module=module,
@@ -195,6 +201,14 @@ def save_student(module: StudentForTraining, tokenizer: Any, directory: Path) ->
     """
     module.causal_lm.save_pretrained(directory, state_dict=merged_state_dict(module.causal_lm))
     tokenizer.save_pretrained(directory)
+
+
+def _usable_device(name: str | torch.device) -> torch.device:
+    """Found out before the model is loaded. Raises: ConfigError."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _best_device() -> torch.device:

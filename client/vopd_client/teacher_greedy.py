@@ -12,7 +12,8 @@ at temperature 0 and with drafts that cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +41,14 @@ def greedy_by_scoring(
     *,
     end_ids: frozenset[int],
     max_new_tokens: int,
+    receive: Callable[[Future[SequenceScores]], SequenceScores] = Future.result,
 ) -> tuple[list[IntArray], GreedyCost]:
     """One completion a context, end token included, in at most `max_new_tokens` rounds.
 
     Args:
         contexts: [C] each, what the teacher sees, C >= 1.
         drafts: for each context any number of guesses at the completion, the best first; they change the cost only.
+        receive: waits for an answer; a caller's own can look up from waiting now and then.
 
     Raises: what the teacher's futures raise; AlignmentError when an answer does not have one id a row.
     """
@@ -59,7 +62,7 @@ def greedy_by_scoring(
         }
         answers = {row: teacher.submit(request) for row, request in sent.items()}
         for row, answer in answers.items():
-            accepted = accept(sent[row].completion_ids, most_likely_ids(answer.result()), end_ids)
+            accepted = accept(sent[row].completion_ids, most_likely_ids(receive(answer)), end_ids)
             found[row] += accepted
         rounds += 1
         requests += len(sent)

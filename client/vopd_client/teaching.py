@@ -71,6 +71,11 @@ def render(
     )
 
 
+def longest_completion(config: TrainConfig) -> int:
+    """Tokens of a completion in training or evaluation, at most."""
+    return max(config.max_new_tokens, config.eval_max_new_tokens or 0)
+
+
 def plan_requests(
     config: TrainConfig, student: LoadedStudent, teacher: ConnectedTeacher, prompts: Sequence[Prompt], tell: Tell
 ) -> tuple[Request, Request]:
@@ -86,7 +91,7 @@ def plan_requests(
         temperature=config.temperature,
         objective=config.objective if needs_support else "opd",
         max_prompt_tokens=max(len(prompt.teacher_ids) for prompt in prompts),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=longest_completion(config),
         deterministic=config.deterministic,
     )
     main_end_id = student.tokenizer.eos_token_id
@@ -96,7 +101,9 @@ def plan_requests(
         describe=lambda index: f"{student.tokenizer.convert_ids_to_tokens(index)} (id {index})",
     )
     if end_tokens.message:
-        tell(f"end tokens: {end_tokens.message}; end_token is {config.end_token}")
+        nothing_to_map = config.end_token == "map" and end_tokens.swap is None
+        how = "nothing to map" if nothing_to_map else f"end_token is {config.end_token}"
+        tell(f"end tokens: {end_tokens.message}; {how}")
     if plan.message:
         tell(f"support: {plan.message}")
     swap = end_token_swap(end_tokens, config.end_token)

@@ -88,6 +88,7 @@ class RunLog:
         self._told_waiting_at = -math.inf
         self._writer: SummaryWriter | None = None
         self._progress: Progress | None = None
+        self._latest = ""  # the last complete step's numbers, kept on the bar while the next one is at work
 
     def __enter__(self) -> Self:
         if self._enabled:
@@ -127,7 +128,8 @@ class RunLog:
         self._scalars("train", row)
         line = describe_step(row, self._total_steps)
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], description=line.split("  ", 1)[1])
+            self._latest = line.split("  ", 1)[1] + "  | "
+            self._progress.update(self._task, completed=row["step"], description=self._latest)
         elif row["step"] % max(1, self._total_steps // MAX_PLAIN_LINES) == 0:
             self.tell(line)
 
@@ -144,7 +146,7 @@ class RunLog:
     def doing(self, what: str, *, step: int) -> None:
         """What the current step is at; only the bar shows it."""
         if self._progress is not None:
-            self._progress.update(self._task, description=f"step {step}: {what}")
+            self._progress.update(self._task, description=f"{self._latest}step {step}: {what}")
 
     def waiting(self, reason: str, *, step: int) -> None:
         """Why the step stands still: on the bar at once, as a line now and then."""
@@ -152,7 +154,7 @@ class RunLog:
             return
         if self._progress is not None:
             what = reason or "waiting for the teacher's scores"
-            self._progress.update(self._task, description=f"step {step}: {what}")
+            self._progress.update(self._task, description=f"{self._latest}step {step}: {what}")
         elif reason and self._clock() - self._told_waiting_at >= WAITING_LINE_EVERY_S:
             self._told_waiting_at = self._clock()
             self.tell(f"step {step}: {reason}")
@@ -170,7 +172,12 @@ class RunLog:
 
 
 def _progress_bar(console: Console) -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}", markup=False),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 

@@ -24,7 +24,14 @@ from vopd_client.batch import plan_microbatches
 from vopd_client.checkpoint import TrainerState, save_checkpoint
 from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
 from vopd_client.ending import finish_run
-from vopd_client.errors import AlignmentError, NonFiniteError, TeacherError, TeacherUnavailableError, VopdError
+from vopd_client.errors import (
+    AlignmentError,
+    NonFiniteError,
+    OutOfMemory,
+    TeacherError,
+    TeacherUnavailableError,
+    VopdError,
+)
 from vopd_client.interruption import Interrupted, StopRequest, stop_on_signals
 from vopd_client.losses import compute_loss
 from vopd_client.optimization import check_finite, scale_and_clip
@@ -119,7 +126,7 @@ def _train_to_the_end(trainer: Trainer, log: RunLog, stop: StopRequest) -> int:
             trainer.save_if_newer()
             log.tell(f"the teacher is gone: {error}\nstopped after step {trainer.state.step}; {trainer.how_to_go_on}")
             return EXIT_TEACHER_GONE
-        except (TeacherError, NonFiniteError, AlignmentError):
+        except (TeacherError, NonFiniteError, AlignmentError, OutOfMemory):
             trainer.save_if_newer()
             raise
 
@@ -168,6 +175,8 @@ class Trainer:
             last_loss_sum = self._accumulate(step, sent, waiter, sums)
         except (Interrupted, VopdError) as error:
             problem = error
+        except torch.OutOfMemoryError as error:
+            problem = out_of_memory(step, error)
         sums.values["teacher_bytes"] = run.teacher.bytes_sent + run.teacher.bytes_received - bytes_before
 
         # From here on all processes do the same: they stop together, or exchange gradients and step together.
@@ -194,7 +203,7 @@ class Trainer:
         problem: Problem | None = None
         if self.run.accelerator.is_main_process:
             self._log.doing("evaluation", step=step)
-            evaluations = evaluate(self.run, step, receive=self._waiter(step).scores)
+            evaluations = evaluate(self.run, step, self._waiter(step))
             try:
                 while True:
                     with self._stop.at_once():
@@ -204,6 +213,8 @@ class Trainer:
                     self._log.evaluation(evaluation.to_row())
             except (Interrupted, VopdError) as error:
                 problem = error
+            except torch.OutOfMemoryError as error:
+                problem = out_of_memory(step, error)
         agree(problem, {})
 
     def save_if_newer(self) -> None:
@@ -234,10 +245,14 @@ class Trainer:
         )
         prompts = {key: self.run.prompts[key.prompt_index] for key in draws}
         sent: dict[RolloutKey, SentRollout] = {}
-        for rollout in self.run.sampler.sample([(key, prompts[key].student_ids) for key in draws]):
-            prompt = prompts[rollout.key]
-            sent[rollout.key] = send(rollout, prompt, request=self.run.request, teacher=self.run.teacher)
-            self._stop.check()
+        try:
+            for rollout in self.run.sampler.sample([(key, prompts[key].student_ids) for key in draws]):
+                prompt = prompts[rollout.key]
+                sent[rollout.key] = send(rollout, prompt, request=self.run.request, teacher=self.run.teacher)
+                self._stop.check()
+        except NonFiniteError as error:
+            names = sorted({prompt.source for prompt in prompts.values()})
+            raise stopped_before_update(step, names, error) from error
         return [sent[key] for key in draws]
 
     def _draws(self, step: int) -> list[RolloutKey]:
@@ -310,6 +325,11 @@ class Trainer:
         run.optimizer.step()
         run.scheduler.step()
         return grad_norm, learning_rate
+
+
+def out_of_memory(step: int, error: torch.OutOfMemoryError) -> OutOfMemory:
+    """Names the settings that help."""
+    return OutOfMemory(f"step {step}: {error}; lower microbatch_tokens or rollout_batch_size")
 
 
 def stopped_before_update(step: int, prompt_names: list[str], error: NonFiniteError) -> NonFiniteError:

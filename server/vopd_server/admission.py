@@ -1,9 +1,9 @@
 """How many tokens are let in: a pure state machine, and a thin asyncio shell that waits on it.
 
-Tokens are reserved from admission until the answer is with the transport, so that what the server holds in
-memory is bounded. Calls that cannot be held back are refused when the budget is taken; streams wait, first
-come, first served. `TokenBudget` decides and `Admission` waits: fairness between tenants is to replace the
-first without touching the second.
+Tokens are reserved from admission until the answer is written, for a stream, and until it is scored, for a unary
+call, so that what the server works on is bounded. Calls that cannot be held back are refused when the budget is
+taken; streams wait, first come, first served. `TokenBudget` decides and `Admission` waits: fairness between tenants
+is to replace the first without touching the second.
 """
 
 from __future__ import annotations

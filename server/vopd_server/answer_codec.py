@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints
-from vopd_server.codec import MAX_NAME_LENGTH
 from vopd_server.errors import InvalidRequestError
 from vopd_server.types import Candidates, EngineInfo, ScoreRequest, Scores, TeacherTopK, TokenizerInfo
 from vopd_server.validation import Limits, SequenceShape
 
 CHUNK_BYTES = 2**20  # a chunk of a streamed answer, at most, unless one row alone is larger
-SEQUENCE_OVERHEAD_BYTES = 4 * MAX_NAME_LENGTH + 256  # of a sequence and its answer, beside the arrays
 
 
 def pack_scores(

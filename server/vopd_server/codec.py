@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from vopd_proto import MAX_NAME_LENGTH
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import ArrayError, IntArray, num_uints, unpack_uints
 from vopd_server.errors import InvalidRequestError
@@ -27,7 +28,6 @@ from vopd_server.types import (
 )
 from vopd_server.validation import SequenceShape
 
-MAX_NAME_LENGTH = 256  # characters of a request or sequence id: they are echoed in every chunk and logged
 MAX_NUMBERS_NAMED = 8  # unknown fields in an error message, which travels in a header of limited size
 
 M = TypeVar("M", bound=Message)

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vopd_proto import MAX_MESSAGE_BYTES
-from vopd_server.answer_codec import CHUNK_BYTES, SEQUENCE_OVERHEAD_BYTES
+from vopd_proto import MAX_MESSAGE_BYTES, SEQUENCE_OVERHEAD_BYTES
+from vopd_server.answer_codec import CHUNK_BYTES
 
 EngineName = Literal["auto", "transformers"]
 LogLevel = Literal["debug", "info", "warning", "error"]

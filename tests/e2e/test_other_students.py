@@ -77,19 +77,26 @@ def test_a_pruned_student_with_a_padded_embedding_learns_without_ever_writing_a_
     assert trained.config.vocab_size == num_ids + 128
 
 
-def test_a_student_with_another_end_token_learns_to_end_with_its_own(
+def test_a_student_with_another_end_token_is_taught_to_end_with_its_own(
     demo_model_dir: Path, teacher: RunningTeacher, tmp_path: Path
 ) -> None:
+    # The teacher itself with two ids exchanged: it ends its answers, and reads its prompts, with <|endoftext|>.
     model, tokenizer = load(demo_model_dir)
+    ours, theirs = tokenizer.convert_ids_to_tokens([OTHER_END, TEACHER_END])
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding[[OTHER_END, TEACHER_END]] = embedding[[TEACHER_END, OTHER_END]]
     model.config.eos_token_id = model.generation_config.eos_token_id = OTHER_END
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(OTHER_END)
+    tokenizer.eos_token = ours
+    tokenizer.chat_template = tokenizer.chat_template.replace(theirs, ours)
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
 
-    printed, run_dir = train(tmp_path / "student", teacher, tmp_path, "--steps", "10")
+    printed, run_dir = train(tmp_path / "student", teacher, tmp_path, "--steps", "6")
 
     assert "student ends with <|endoftext|> (id 0), teacher with <|im_end|> (id 2); end_token is map" in printed
-    rows = read_rows(run_dir / "metrics.jsonl")
-    # At first it writes the teacher's end token and goes on; mapped, the teacher asks for the student's own.
-    assert rows[0]["ended_fraction"] < 0.2
-    assert rows[-1]["ended_fraction"] > 0.6
+    summary = json.loads((run_dir / "summary.json").read_text())
+    # Mapped, it starts as near to the teacher as the demo's student does, and learns as that one does.
+    assert summary["kl_nats_before"] < 1.5
+    assert summary["kl_nats_after"] < 0.6 * summary["kl_nats_before"]
+    assert read_rows(run_dir / "metrics.jsonl")[-1]["ended_fraction"] > 0.6

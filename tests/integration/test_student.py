@@ -302,6 +302,12 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
         StudentForTraining(bert)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:7"])
+def test_a_device_that_is_not_there_is_refused_by_name(tiny_model_dir, device):
+    with pytest.raises(ConfigError, match=f"device {device}: "):
+        load_student(tiny_model_dir, device=device)
+
+
 def test_lora_trains_its_adapters_alone(tiny_model_dir: Path) -> None:
     student = load_student(tiny_model_dir, lora_rank=4, lora_alpha=8.0, device="cpu").module
     trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -200,9 +201,9 @@ async def test_one_failing_request_fails_the_list_and_the_next_list_is_scored():
 
 
 async def test_a_request_that_is_too_large_is_refused_before_it_is_sent():
-    async with connected(Script(info={"limits.max_message_bytes": 1000})) as (teacher, client):
+    async with connected(Script(info={"limits.max_message_bytes": 2000})) as (teacher, client):
         large = SequenceToScore(np.arange(1), np.arange(2000))
-        with pytest.raises(TeacherRequestError, match="exceeds the teacher's limit of 1000"):
+        with pytest.raises(TeacherRequestError, match="exceeds the teacher's limit of 2000"):
             await client.score([large])
         async with client.open_stream() as stream:
             with pytest.raises(TeacherRequestError, match="exceeds the teacher's limit"):
@@ -699,6 +700,24 @@ def test_a_program_that_forgets_to_close_its_teacher_ends_quietly():
         )
         ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
         assert (ended.stdout, ended.stderr, ended.returncode) == ("done\n", "", 0)
+
+
+async def test_who_waits_for_a_connection_when_the_client_closes_is_told():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        client = TeacherClient(f"grpc://127.0.0.1:{unused.getsockname()[1]}", timeout_s=600)
+        waiting = asyncio.create_task(client.connect())
+        await until(lambda: client.waiting_reason != "")
+        await client.close()
+        with pytest.raises(TeacherUnavailableError, match="closed"):
+            await waiting
+
+
+def test_a_loopback_teacher_is_not_asked_through_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with TeacherThread(Script()) as server, RemoteTeacher.connect(server.url, timeout_s=20) as teacher:
+        assert teacher.info.vocab_size > 0
 
 
 # ---------------------------------------------------------------- the real teacher

@@ -30,11 +30,13 @@ from vopd_client.errors import (
     DataError,
     HandshakeError,
     NonFiniteError,
+    OutOfMemory,
     RunDirectoryError,
     TeacherInternalError,
     TeacherUnavailableError,
     VopdError,
 )
+from vopd_client.losses import compute_loss
 from vopd_client.optimization import make_optimizer, scale_and_clip
 from vopd_client.run_directory import RunDirectory, read_rows
 from vopd_client.trainer import run_training
@@ -255,7 +257,8 @@ def test_evaluations_are_made_before_during_and_after_and_the_teacher_once(runs:
     assert summary["exact_match_teacher"] == rows[1]["exact_match"]
     assert summary["steps"] == 4
     assert (runs.directory().path / "report.html").exists()
-    assert "before     after   teacher" in runs.told
+    assert "held-out prompts" in runs.told
+    assert "KL to the teacher" in runs.told
 
 
 def test_the_start_says_who_teaches_whom_and_what_is_biased(runs: Runs) -> None:
@@ -374,6 +377,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_updated(runs: Ru
     assert runs.checkpoints() == ["step-000002"]
     undisturbed = load_file(runs.directory("undisturbed").checkpoints / "step-000002" / "model.safetensors")
     assert same_bits(load_file(runs.directory().checkpoints / "step-000002" / "model.safetensors"), undisturbed)
+
+
+def test_a_full_device_saves_the_last_step_and_names_the_settings_that_help(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def fail_in_the_third_step(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return compute_loss(*arguments, **settings)
+
+    monkeypatch.setattr("vopd_client.trainer.compute_loss", fail_in_the_third_step)
+    with pytest.raises(OutOfMemory, match=r"step 3: tried to allocate 2.00 GiB; lower microbatch_tokens"):
+        runs.train(steps=4, checkpoint_every=0, microbatch_tokens=100_000)
+    assert runs.checkpoints() == ["step-000002"]
 
 
 class OneProcess:

@@ -440,7 +440,7 @@ async def test_the_tokenizer_is_described_with_every_end_id(tmp_path: Path) -> N
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 3]}))
     async with serving(directory) as engine:
         tokenizer = engine.tokenizer
-    assert tokenizer.end_ids == (3, 257, 258)
+    assert tokenizer.end_ids == (257, 258, 3)  # the tokenizer's own, the main one, first
     assert (tokenizer.begin_id, tokenizer.pad_id) == (256, 257)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert tokenizer.tokens[256:] == (b"<|start|>", b"<|end|>", b"<|other_end|>")

@@ -170,6 +170,13 @@ def test_a_dropped_end_token_leaves_the_loss_but_stays_in_the_input():
     assert batch.teacher_logprobs_BT.tolist() == [[-1.0, 0.0]]
 
 
+def test_a_dropped_end_token_has_no_place_in_a_support_either():
+    one = rollout([50], [1, 2], [[1, 77], [77, 2]])
+    batch = single(one, scores([-1.0, -1.0], [[-1.0, -30.0], [-30.0, -2.0]]), drop_end_ids=frozenset({77}))
+    assert batch.support_ids_BTK.tolist() == [[[1], [2]]]
+    assert batch.teacher_support_logprobs_BTK.tolist() == [[[-1.0], [-2.0]]]
+
+
 @pytest.mark.parametrize(("ended", "last_id"), [(False, 7), (True, 6)])
 def test_only_an_end_token_that_is_to_be_dropped_is_dropped(ended, last_id):
     one = rollout([50], [1, last_id], [[], []], ended=ended)

@@ -49,6 +49,7 @@ def test_an_address_writes_itself_as_it_is_read():
         ("grpc://:50051", "names no host"),
         ("grpc://host:http", "Port could not be cast"),
         ("grpc://host:99999", "Port out of range"),
+        ("grpc://[::1:50051", "Invalid IPv6 URL"),
         ("grpc://host:1/v1", "more than scheme, host and port"),
         ("grpc://me@host:1", "more than scheme, host and port"),
         ("grpc://host:1?x=1", "more than scheme, host and port"),

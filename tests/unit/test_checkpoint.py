@@ -133,6 +133,13 @@ def test_a_damaged_one_is_passed_over_for_the_one_before_it(tmp_path: Path, dama
     assert reason in told[0]
 
 
+def test_starting_over_is_not_an_answer_to_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
+    _cut(save(tmp_path, 1))
+    _other_format(save(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be read"):
+        newest(tmp_path)
+
+
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     save(tmp_path, 1, keep=2)
     _cut(save(tmp_path, 2, keep=2))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from vopd_client.cli import COMMANDS, main
+from vopd_client.config import TrainConfig
+from vopd_settings import load_settings
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +48,26 @@ def test_a_mistake_is_explained_and_exits_with_2(
     printed = capsys.readouterr().err
     assert complaint in printed
     assert "Traceback" not in printed
+
+
+def test_no_and_yes_can_be_written_plainly_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "student: s\nprompts: p\nteacher_url: grpc://x:1, grpc://y:1\nmixed_precision: no\neval_teacher: yes\n"
+    )
+    config = load_settings(TrainConfig, ["--config", str(path)], prog="vopd-client train", env_prefix="VOPD_CLIENT_")
+    assert (config.mixed_precision, config.eval_teacher) == ("no", "yes")
+    assert config.teacher_url == ["grpc://x:1", "grpc://y:1"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--temperature", "inf"), ("--temperature", "1e-9"), ("--learning-rate", "inf")]
+)
+def test_numbers_that_no_teacher_or_optimizer_takes_are_refused(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--student", "s", "--prompts", "p", "--teacher-url", "grpc://x:1", flag, value]) == 2
+    assert f"vopd-client train: {flag}: input should be" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_reported_before_any_model_is_loaded(

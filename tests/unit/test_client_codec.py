@@ -10,8 +10,11 @@ from vopd_client.teacher.codec import decode_scores, pack_ids, sequence_message,
 from vopd_client.teacher.outbox import ContextTable, Entry, Outbox
 from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
 from vopd_client.types import Candidates, NoSupport, SequenceToScore, TeacherTopK
+from vopd_proto import MAX_MESSAGE_BYTES
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints, unpack_uints
+from vopd_server.answer_codec import check_answer_fits
+from vopd_server.codec import shapes_of_request
 
 LIMITS = RequestLimits(max_sequences=4, max_tokens=100, max_message_bytes=2**20)
 
@@ -382,3 +385,20 @@ def test_a_leaving_replica_finishes_what_it_has_and_gets_no_more():
     assert outbox.is_drained
     outbox.connection_lost()
     assert sent(outbox) == ["c0", "b"]
+
+
+def test_no_planned_request_is_refused_for_the_size_of_its_answer():
+    """The client plans by upper bounds; the teacher refuses by its own. They must count alike."""
+    sequences = [sequence(context=range(50), completion=range(373), support=TeacherTopK(100)) for _ in range(300)]
+    limits = RequestLimits(max_sequences=256, max_tokens=131_072, max_message_bytes=MAX_MESSAGE_BYTES)
+    plan = plan_requests(sequences, limits)
+    assert len(plan) > 1
+    for indices_of_request in plan:
+        request = score_request(
+            [sequences[index] for index in indices_of_request],
+            request_id="r",
+            temperature=1.0,
+            float_type=pb.FLOAT32,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        )
+        check_answer_fits(shapes_of_request(request), pb.FLOAT32, MAX_MESSAGE_BYTES)

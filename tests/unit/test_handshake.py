@@ -104,6 +104,14 @@ def test_equal_end_tokens_need_nothing():
     assert (ends.swap, ends.unknown_to_teacher, ends.message) == (None, frozenset(), "")
 
 
+def test_an_end_that_the_teacher_lists_but_hardly_ever_writes_is_mapped_to_its_main_one():
+    """A base model against the chat model of its family, which lists the base's end behind its own."""
+    ends = compare_end_tokens((3,), (2, 3))
+    assert ends.swap == (3, 2)
+    assert ends.unknown_to_teacher == {3}
+    assert ends.message
+
+
 def test_disjoint_end_tokens_are_swapped_and_said():
     ends = compare_end_tokens((0,), (2, 3))
     assert ends.swap == (0, 2)

@@ -23,12 +23,15 @@ def inputs(*, dtype=torch.float64, num_rows=NUM_ROWS, num_shared_ids=NUM_IDS, wi
     return hidden_NH, weight_VH, bias_V, sampled_N, ids_NK, mask_NK
 
 
-def plain_logprobs(hidden_NH, weight_VH, bias_V, *, temperature, num_shared_ids, logit_scale=1.0, softcap=None):
+def plain_logprobs(
+    hidden_NH, weight_VH, bias_V, *, temperature, num_shared_ids, logit_scale=1.0, softcap=None, dropped_ids=()
+):
     logits_NV = hidden_NH @ weight_VH.T + (0 if bias_V is None else bias_V)
     logits_NV = logits_NV * logit_scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     is_shared_V = torch.arange(NUM_IDS) < num_shared_ids
+    is_shared_V[list(dropped_ids)] = False
     return torch.log_softmax(torch.where(is_shared_V, logits_NV / temperature, -torch.inf), -1)
 
 
@@ -222,3 +225,19 @@ def test_nothing_of_the_size_of_the_logits_is_kept_for_the_backward_pass():
             chunk_rows=8,
         )
     assert max(kept, default=0) <= weight_VH.numel()
+
+
+def test_dropped_ids_leave_the_softmax():
+    hidden_NH, weight_VH, bias_V, sampled_N, ids_NK, mask_NK = inputs()
+    dropped = (2, 9)
+    keep = lambda ids: torch.where((ids == 2) | (ids == 9), 0, ids)  # noqa: E731
+    sampled_N, ids_NK = keep(sampled_N), keep(ids_NK)
+    settings = {"temperature": 0.7, "num_shared_ids": NUM_IDS, "dropped_ids": dropped}
+    plain_NV = plain_logprobs(hidden_NH, weight_VH, bias_V, **settings)
+    ours = linear_logprobs(hidden_NH, weight_VH, bias_V, sampled_N, ids_NK, mask_NK, **settings)
+    torch.testing.assert_close(ours.sampled_N, plain_NV.gather(-1, sampled_N[:, None])[:, 0])
+    torch.testing.assert_close(ours.support_NK, plain_NV.gather(-1, ids_NK) * mask_NK)
+    torch.testing.assert_close(ours.sum_pi_squared_N, plain_NV.exp().square().sum(-1))
+    torch.testing.assert_close(full_logprobs(hidden_NH, weight_VH, bias_V, **settings), plain_NV)
+    ours.sampled_N.sum().backward()
+    assert hidden_NH.grad.isfinite().all()

@@ -123,9 +123,11 @@ def test_a_terminal_shows_the_step_the_kl_and_the_reason_for_waiting(tmp_path: P
     with log_of(RunDirectory(tmp_path), out) as log:
         log.doing("sampling", step=1)
         log.step(ROW)
-        log.waiting("teacher busy: 3 s", step=2)
+        log.waiting("teacher busy: [/tmp/x] 3 s", step=2)  # square brackets are text
     shown = text.getvalue()
-    assert "teacher busy: 3 s" in shown
+    assert "teacher busy: [/tmp/x] 3 s" in shown
+    last_frame = shown[shown.rindex("1/4") :]
+    assert "KL 1.2500 nats" in last_frame, "the last step's numbers stay while the next one is at work"
     assert "1/4" in shown
 
 

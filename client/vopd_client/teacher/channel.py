@@ -64,16 +64,16 @@ def parse_url(url: str) -> Address:
 
     Raises: ConfigError naming what is wrong with the URL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"teacher URL {url!r}: {error}") from error
     if parts.scheme not in ("grpc", "grpcs") or "://" not in url:
         raise ConfigError(
             f"teacher URL {url!r}: write grpc://host:port, or grpcs://host:port over TLS "
             "(this version speaks no other protocol)"
         )
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"teacher URL {url!r}: {error}") from error
     if not parts.hostname:
         raise ConfigError(f"teacher URL {url!r} names no host")
     if not port:
@@ -141,10 +141,12 @@ def read_tls_roots(path: Path | None) -> bytes | None:
 
 def open_channel(address: Address, *, tls_roots: bytes | None = None) -> grpc.aio.Channel:
     """A new channel; nothing is sent before the first call."""
+    # gRPC would send loopback traffic, key included, to the proxy that `http_proxy` names.
+    options = (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if address.is_loopback else CHANNEL_OPTIONS
     if not address.secure:
-        return grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(address.target, options=options)
     credentials = grpc.ssl_channel_credentials(root_certificates=tls_roots)
-    return grpc.aio.secure_channel(address.target, credentials, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address.target, credentials, options=options)
 
 
 def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from vopd_client.errors import HandshakeError
+from vopd_client.errors import HandshakeError, TeacherUnavailableError
 from vopd_client.handshake import check_same_teacher
 from vopd_client.teacher.channel import Address, call_metadata, open_channel
 from vopd_client.teacher.codec import teacher_info
@@ -61,6 +61,7 @@ class Connector:
         self._next_address = 0
         self._current: Connection | None = None
         self._lock = asyncio.Lock()
+        self._closed = False
         self.pinned: TeacherInfo | None = None
         self.max_message_bytes = MAX_MESSAGE_BYTES
 
@@ -89,7 +90,8 @@ class Connector:
             self._turn()
 
     async def close(self) -> None:
-        """Closes the current channel; calls on it are cancelled."""
+        """Closes the current channel; calls on it are cancelled, and who waits for another one gets none."""
+        self._closed = True
         if self._current is not None:
             await self._current.channel.close()
             self._current = None
@@ -97,9 +99,14 @@ class Connector:
     async def _get(self, patience: Patience) -> Connection:
         async with self._lock:
             while self._current is None:
+                self._check_open()
                 address = self.addresses[self._next_address]
                 try:
-                    self._current = await self._open(address)
+                    opened = await self._open(address)
+                    if self._closed:
+                        await opened.channel.close()
+                    self._check_open()
+                    self._current = opened
                 except grpc.aio.AioRpcError as error:
                     failure = _handshake_failure(error, address)
                     if not failure.is_retryable:
@@ -107,6 +114,10 @@ class Connector:
                     self._turn()
                     await patience.back_off(failure, error, num_replicas=len(self.addresses))
             return self._current
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TeacherUnavailableError("the teacher client was closed")
 
     def _turn(self) -> None:
         self._next_address = (self._next_address + 1) % len(self.addresses)

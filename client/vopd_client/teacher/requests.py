@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from vopd_client.errors import TeacherRequestError
 from vopd_client.teacher.codec import pack_ids, sequence_message
 from vopd_client.types import Candidates, SequenceToScore, TeacherTopK
+from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
-
-MESSAGE_OVERHEAD_BYTES = 128  # field tags, lengths, times and ids of one sequence, generously
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def _size_of(sequence: SequenceToScore) -> _Size:
         case Candidates(ids=ids):
             request_bytes += 4 * (num_rows + len(ids))
             answer_bytes += 4 * len(ids)
-    return _Size(1, num_tokens, request_bytes + MESSAGE_OVERHEAD_BYTES, answer_bytes + MESSAGE_OVERHEAD_BYTES)
+    return _Size(1, num_tokens, request_bytes + SEQUENCE_OVERHEAD_BYTES, answer_bytes + SEQUENCE_OVERHEAD_BYTES)
 
 
 def plan_requests(sequences: Sequence[SequenceToScore], limits: RequestLimits) -> list[list[int]]:

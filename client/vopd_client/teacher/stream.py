@@ -16,9 +16,10 @@ from vopd_client.teacher.codec import decode_scores, pack_ids, sequence_message
 from vopd_client.teacher.connector import Connection, Connector
 from vopd_client.teacher.outbox import Entry, Outbox
 from vopd_client.teacher.patience import Patience
-from vopd_client.teacher.requests import MESSAGE_OVERHEAD_BYTES, check_message_size
+from vopd_client.teacher.requests import check_message_size
 from vopd_client.teacher.status import Failure, failure_of_call, failure_of_sequence
 from vopd_client.types import SequenceScores, SequenceToScore
+from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
 
 
@@ -108,7 +109,7 @@ class ScoreStream:
             message=sequence_message(sequence, sequence_id=sequence_id),
             context=pack_ids("context_ids", sequence.context_ids),
         )
-        limit = self._connector.max_message_bytes - MESSAGE_OVERHEAD_BYTES
+        limit = self._connector.max_message_bytes - SEQUENCE_OVERHEAD_BYTES
         check_message_size(entry.message, limit)
         check_message_size(entry.context, limit)
         return entry

@@ -33,7 +33,6 @@ def _default_template(templates: str | dict[str, str] | None) -> str:
 
 
 def _end_ids(*ids: int | list[int] | None) -> tuple[int, ...]:
-    flat: set[int] = set()
-    for item in ids:
-        flat.update(item if isinstance(item, list) else () if item is None else (item,))
-    return tuple(sorted(flat))
+    """Each once, in the order given: the tokenizer's own end, the main one, stays first."""
+    flat = [one for item in ids for one in (item if isinstance(item, list) else [item]) if one is not None]
+    return tuple(dict.fromkeys(flat))
