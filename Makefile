@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model demo test bench lint format proto clean
+.PHONY: help install model demo test test-vllm bench lint format proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -35,6 +35,11 @@ demo: install model ## A teacher process, a student that learns from it, and the
 # One thread a process: two test processes share the cores, and spinning threads would starve one another.
 test: install model ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+# vLLM pins torch and transformers: an environment of its own. Its own warnings are not ours to be strict about.
+test-vllm: model ## The vLLM engine against the real vLLM, on the CPU
+	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
+	.venv-vllm/bin/python -m pytest -W default tests/with_vllm
 
 bench: install model ## Scored tokens a second and bytes a token, over the network
 	$(BIN)/python bench/scoring.py --model $(MODEL) --json bench/results/scoring.json
