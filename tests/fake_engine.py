@@ -14,7 +14,7 @@ import numpy as np
 
 from vopd_proto.arrays import Float32Array, IntArray
 from vopd_proto.fingerprint import tokenizer_fingerprint
-from vopd_server.errors import UnavailableError
+from vopd_server.errors import EngineDeadError, UnavailableError
 from vopd_server.types import (
     Candidates,
     EngineInfo,
@@ -129,6 +129,7 @@ class FakeEngine:
         self._answer: Callable[[ScoreRequest], Scores] = lambda request: fake_scores(request, vocab_size)
         self._going = asyncio.Event()
         self._going.set()
+        self._dead: asyncio.Future[EngineDeadError] | None = None
 
     def hold(self) -> None:
         """Every call (and the start) waits in the engine until `let_go`."""
@@ -165,8 +166,24 @@ class FakeEngine:
             self.num_running -= 1
         return self._answer(request)
 
+    def die(self, reason: str) -> None:
+        """As an engine whose process was killed: what is in it fails, and so does what comes."""
+        assert self._dead is not None, "nobody watches"
+        self.fail(lambda _: EngineDeadError(reason))
+        self._answer = lambda _: _raise(EngineDeadError(reason))
+        self._dead.set_result(EngineDeadError(reason))
+        self.let_go()
+
+    async def wait_until_dead(self) -> EngineDeadError:
+        self._dead = asyncio.get_running_loop().create_future()
+        return await self._dead
+
     async def close(self) -> None:
         self.is_closed = True
+
+
+def _raise(error: Exception) -> Scores:
+    raise error
 
 
 async def until(condition: Callable[[], bool]) -> None:

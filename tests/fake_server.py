@@ -40,7 +40,9 @@ class FakeTeacher:
 async def fake_teacher(engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[FakeTeacher]:
     """`settings` are those of ServerConfig."""
     engine = engine or FakeEngine()
-    server = TeacherServer(ServerConfig(model="fake", port=0, **settings), engine)
+    server = TeacherServer(
+        ServerConfig(model="fake", **{"port": 0, "http_port": 0, "admin_port": 0, **settings}), engine
+    )
     try:
         await server.start()
         await server.load()

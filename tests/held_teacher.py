@@ -41,8 +41,12 @@ class HeldEngine(FakeEngine):
 
 
 async def run(flags: list[str], *, never_loads: bool) -> int:
+    free_ports = ["--http-port", "0", "--admin-port", "0"]
     config = load_settings(
-        ServerConfig, ["--model", "held", *(flags or ["--port", "0"])], prog="held", env_prefix="HELD_", description=""
+        ServerConfig,
+        ["--model", "held", *free_ports, *(flags or ["--port", "0"])],
+        prog="held",
+        env_prefix="HELD_",
     )
     configure_logging(config.log_level, config.log_format)
     return await serve(config, HeldEngine(never_loads=never_loads), announce=say)

@@ -14,6 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 START_TIMEOUT_S = 120.0
+ANNOUNCED = re.compile(
+    r"ready at (?P<grpc>grpcs?://\S+?:(?P<port>\d+))"
+    r"(, (?P<http>https?://\S+?:\d+))?( \(admin (?P<admin>http://\S+?:\d+)\))?: "
+)
+FREE_PORTS = ("--http-port", "0", "--admin-port", "0")
 
 
 class RunningTeacher:
@@ -23,8 +28,10 @@ class RunningTeacher:
         self._process = process
         self._log_path = log_path
         self.pid = process.pid
-        self.url = ""
+        self.url = ""  # gRPC's
         self.port = 0
+        self.http_url = ""
+        self.admin_url = ""
 
     def log(self) -> str:
         """Everything it has written so far, to standard output and standard error."""
@@ -33,7 +40,7 @@ class RunningTeacher:
     def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Returns when it has announced its address. Raises: RuntimeError, with the log, when it never will."""
         give_up_s = time.monotonic() + timeout_s
-        while not (announced := re.search(r"ready at (grpc://\S+?:(\d+)):", self.log())):
+        while not (announced := ANNOUNCED.search(self.log())):
             code = self._process.poll()
             if code is not None:
                 raise RuntimeError(f"the teacher ended with {code} before it was ready:\n{self.log()}")
@@ -41,7 +48,8 @@ class RunningTeacher:
                 self.kill()
                 raise RuntimeError(f"the teacher was not ready within {timeout_s} s:\n{self.log()}")
             time.sleep(0.05)
-        self.url, self.port = announced[1], int(announced[2])
+        self.url, self.port = announced["grpc"], int(announced["port"])
+        self.http_url, self.admin_url = announced["http"] or "", announced["admin"] or ""
 
     @property
     def is_running(self) -> bool:
@@ -94,7 +102,7 @@ def start_teacher(
 
     Raises: RuntimeError, with the teacher's log, when it does not get ready.
     """
-    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), "--port", str(port), *flags]
+    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), "--port", str(port), *FREE_PORTS, *flags]
     teacher = spawn(command, env)
     try:
         teacher.wait_until_ready()

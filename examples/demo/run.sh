@@ -14,7 +14,7 @@ if [ -e runs/demo ]; then  # an earlier demo is kept
 fi
 
 : >"$log"  # so that it can be read before the teacher writes to it
-vopd-server serve --model "$model" --dtype bfloat16 --port 0 >"$log" 2>&1 &
+vopd-server serve --model "$model" --dtype bfloat16 --port 0 --http-port 0 --admin-port 0 >"$log" 2>&1 &
 teacher=$!
 trap 'kill "$teacher" 2>/dev/null || true; wait "$teacher" 2>/dev/null || true' EXIT INT TERM
 

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_settings import NoDecode
 
 from vopd_proto import MAX_MESSAGE_BYTES, SEQUENCE_OVERHEAD_BYTES
 from vopd_server.answer_codec import CHUNK_BYTES
 
-EngineName = Literal["auto", "transformers"]
+EngineName = Literal["auto", "transformers", "vllm"]
+
+
+def _parsed_object(value: object) -> object:
+    """A flag and a variable hold JSON, a file holds the mapping itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object: {error}") from error
+
+
+EngineArgs = Annotated[dict[str, Any], NoDecode, BeforeValidator(_parsed_object)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
@@ -23,7 +39,13 @@ class ServerConfig(BaseModel):
     # --- what is served
     model: str = Field(description="Teacher model: a directory or a hub id.")
     revision: str | None = Field(None, description="Revision of a hub model; default: its main branch.")
-    engine: EngineName = Field("auto", description="What runs the model; auto: the best engine that is installed.")
+    engine: EngineName = Field(
+        "auto", description="What runs the model; auto: vllm where it is installed and can do what is asked for."
+    )
+    engine_args: EngineArgs = Field(
+        default_factory=dict,
+        description='vLLM\'s own engine arguments, passed through: {"tensor_parallel_size": 4}.',
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights and of the matrix products; auto: the checkpoint's own."
     )
@@ -35,8 +57,17 @@ class ServerConfig(BaseModel):
 
     # --- where
     host: str = Field("127.0.0.1", description="Address to listen on; one that is not loopback needs --open.")
-    port: int = Field(50051, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
-    open: bool = Field(False, description="Serve everyone who can reach the port: there are no API keys yet.")
+    port: int = Field(50051, ge=0, le=65535, description="TCP port of gRPC; 0: any free one.")
+    http_port: int | None = Field(8080, ge=0, le=65535, description="TCP port of HTTP; 0: any free one; None: no HTTP.")
+    admin_host: str = Field("127.0.0.1", description="Address of the admin listener: metrics and health.")
+    admin_port: int | None = Field(
+        9090, ge=0, le=65535, description="TCP port of the admin listener; 0: any free one; None: no admin listener."
+    )
+    open: bool = Field(False, description="Serve everyone who can reach the ports: there are no API keys yet.")
+    tls_cert_file: Path | None = Field(
+        None, description="PEM file with the certificate chain of gRPC and HTTP; with it they speak TLS only."
+    )
+    tls_key_file: Path | None = Field(None, description="PEM file with the certificate's private key.")
 
     # --- how much
     max_context_length: int | None = Field(
@@ -51,7 +82,7 @@ class ServerConfig(BaseModel):
     )
     max_top_k: int = Field(1024, ge=1, description="Ids in the support of one position, at most.")
     max_message_bytes: int = Field(
-        MAX_MESSAGE_BYTES, ge=1, description="Bytes of one gRPC message in either direction, at most."
+        MAX_MESSAGE_BYTES, ge=1, description="Bytes of one message or HTTP body in either direction, at most."
     )
     queue_tokens: int = Field(
         524_288,
@@ -65,6 +96,9 @@ class ServerConfig(BaseModel):
     )
     answer_timeout_s: float = Field(
         300.0, gt=0, description="Seconds that a client may leave an answer of its stream unread before it is ended."
+    )
+    engine_hang_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds without a sign of life after which vLLM counts as hung and the process ends."
     )
 
     # --- what is written
@@ -94,12 +128,54 @@ class ServerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _strangers_only_when_told(self) -> ServerConfig:
-        if not self.open and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines and there are no API keys: "
-                "add --open to serve everyone who can reach it, or listen on 127.0.0.1"
-            )
+        for name, host in (("host", self.host), ("admin_host", self.admin_host)):
+            if not self.open and not is_loopback(host):
+                raise ValueError(
+                    f"{name} {host} can be reached from other machines and there are no API keys: "
+                    "add --open to serve everyone who can reach it, or listen on 127.0.0.1"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _each_listener_has_its_own_port(self) -> ServerConfig:
+        """Two on one port would be found when the second is bound, but not said which."""
+        named = {"port": self.port, "http_port": self.http_port, "admin_port": self.admin_port}
+        names_of_port: dict[int, str] = {}
+        for name, port in named.items():
+            if port and port in names_of_port:
+                raise ValueError(f"{names_of_port[port]} and {name} are both {port}")
+            if port:
+                names_of_port[port] = name
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_and_key_go_together(self) -> ServerConfig:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file go together")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_do_it(self) -> ServerConfig:
+        reasons = reasons_against_vllm(self)
+        if self.engine == "vllm" and reasons:
+            raise ValueError(f"engine vllm {reasons[0]}")
+        if self.engine == "transformers" and self.engine_args:
+            raise ValueError("engine_args are vLLM's: engine transformers has none")
+        if self.engine_args and reasons:
+            raise ValueError(f"engine_args are vLLM's, which {reasons[0]}")
+        return self
+
+
+def reasons_against_vllm(config: ServerConfig) -> list[str]:
+    """What vLLM cannot do of what is asked for; empty when it can be chosen."""
+    return [
+        reason
+        for reason, applies in (
+            ("cannot be deterministic", config.deterministic),
+            (f"chooses its devices itself: leave device {config.device} out", config.device is not None),
+        )
+        if applies
+    ]
 
 
 def least_message_bytes(max_tokens: int, max_sequences: int, max_top_k: int) -> int:

@@ -2,12 +2,16 @@
 
 TeacherError
 ├── InvalidRequestError      INVALID_ARGUMENT     422   (names the field)
+│   ├── BodyTooLargeError    INVALID_ARGUMENT     413   (HTTP only: gRPC refuses such a message by itself)
+│   └── MediaTypeError       INVALID_ARGUMENT     415   (HTTP only)
 ├── UnauthenticatedError     UNAUTHENTICATED      401
 ├── PermissionDeniedError    PERMISSION_DENIED    403
 ├── OverloadedError          RESOURCE_EXHAUSTED   429   (with a retry delay)
 ├── UnsupportedError         FAILED_PRECONDITION  409   (names what this engine can do)
 ├── DeadlineError            DEADLINE_EXCEEDED    504
+├── ClientGoneError          CANCELLED            499   (nobody hears it)
 ├── UnavailableError         UNAVAILABLE          503
+│   └── EngineDeadError      UNAVAILABLE          503   (the process ends, another takes its place)
 ├── EngineError              INTERNAL             500
 └── ConfigError              (start-up only)
 """
@@ -28,6 +32,14 @@ class InvalidRequestError(TeacherError, ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """More bytes than a message may have."""
+
+
+class MediaTypeError(InvalidRequestError):
+    """A body in a format, or an encoding, that is not spoken here."""
 
 
 class UnauthenticatedError(TeacherError):
@@ -60,6 +72,14 @@ class UnavailableError(TeacherError):
     def __init__(self, message: str, *, retry_delay_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_delay_s = retry_delay_s
+
+
+class EngineDeadError(UnavailableError):
+    """The engine died or hangs: this process scores nothing any more. What it was working on can be sent again."""
+
+
+class ClientGoneError(TeacherError):
+    """The caller hung up before its answer was ready."""
 
 
 class EngineError(TeacherError, RuntimeError):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,58 +11,34 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.answer_codec import check_answer_fits, pack_info, pack_response, pack_tokenizer
-from vopd_server.codec import (
-    check_float_type,
-    check_no_unknown_fields,
-    parse,
-    request_id_of,
-    shapes_of_request,
-    temperature_of,
-    unpack_request,
-)
-from vopd_server.concurrency import deadline
-from vopd_server.errors import EngineError, TeacherError
+from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
+from vopd_server.codec import check_no_unknown_fields, parse
+from vopd_server.errors import TeacherError
 from vopd_server.grpc_errors import error_message, status_code, status_metadata
 from vopd_server.grpc_stream import ScoreStream
 from vopd_server.service import TeacherService
-from vopd_server.types import ScoreRequest
-
-logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Teacher"]
 Context = aio.ServicerContext[Any, Any]
-
-
-@dataclass
-class Call:
-    """What the log says of one call."""
-
-    method: str
-    request_id: str = ""
-    num_sequences: int = 0
-    num_tokens: int = 0
 
 
 class TeacherRpc:
     """The methods of the service, by their names in teacher.proto. Requests arrive as bytes, since a message
     that cannot be parsed is to be answered like any other wrong one."""
 
-    def __init__(self, service: TeacherService, *, server_version: str, answer_timeout_s: float) -> None:
+    def __init__(self, service: TeacherService, *, answer_timeout_s: float) -> None:
         self._service = service
-        self._server_version = server_version
         self._answer_timeout_s = answer_timeout_s
 
     async def GetInfo(self, data: bytes, context: Context) -> pb.GetInfoResponse:
         async with self._answering("GetInfo", context):
             check_no_unknown_fields(parse(pb.GetInfoRequest, data))
-            service = self._service
-            return pack_info(service.info, service.tokenizer, service.limits, self._server_version)
+            return get_info(self._service)
 
     async def GetTokenizer(self, data: bytes, context: Context) -> pb.GetTokenizerResponse:
         async with self._answering("GetTokenizer", context):
             check_no_unknown_fields(parse(pb.GetTokenizerRequest, data))
-            return pack_tokenizer(self._service.tokenizer)
+            return get_tokenizer(self._service)
 
     async def GetHead(self, data: bytes, context: Context) -> None:
         async with self._answering("GetHead", context):
@@ -74,20 +47,7 @@ class TeacherRpc:
 
     async def Score(self, data: bytes, context: Context) -> pb.ScoreResponse:
         async with self._answering("Score", context) as call:
-            request = parse(pb.ScoreRequest, data)
-            call.request_id = request_id_of(request)
-            check_no_unknown_fields(request)
-            check_float_type(request.float_type)
-            shapes = shapes_of_request(request)
-            call.num_sequences = len(shapes)
-            call.num_tokens = sum(shape.num_tokens for shape in shapes)
-
-            def unpack() -> Sequence[ScoreRequest]:
-                check_answer_fits(shapes, request.float_type, self._service.limits.max_message_bytes)
-                return unpack_request(request, call.request_id)
-
-            scored = await self._service.score_batch(shapes, unpack, temperature=temperature_of(request))
-            return pack_response(request, call.request_id, self._service.info.model_revision, scored)
+            return await score(self._service, call, parse(pb.ScoreRequest, data))
 
     async def ScoreStream(self, _requests: object, context: Context) -> None:
         async def read() -> bytes | None:
@@ -104,40 +64,14 @@ class TeacherRpc:
 
     @asynccontextmanager
     async def _answering(self, method: str, context: Context) -> AsyncIterator[Call]:
-        """Around every call: counted while it runs, cut at its deadline, logged at its end, its errors told."""
-        call = Call(method)
-        started_s = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # what is left when the client goes away
+        """Around every call; its errors end it with their status."""
+        call = Call("grpc", method)
         try:
-            async with deadline(context.time_remaining()):
-                with self._service.call():
-                    yield call
-            code = grpc.StatusCode.OK
+            async with answering(self._service, call, timeout_s=context.time_remaining()):
+                yield call
         except TeacherError as error:
-            code = status_code(error)
-            await self._abort(context, error, call.request_id)
-        except Exception:
-            logger.exception("%s failed", method, extra={"request_id": call.request_id})
-            code = grpc.StatusCode.INTERNAL
-            told = EngineError(f"internal error; the teacher's log tells more under request id {call.request_id!r}")
-            await self._abort(context, told, call.request_id)
-        finally:
-            logger.log(
-                logging.INFO if method.startswith("Score") else logging.DEBUG,
-                method,
-                extra={
-                    "request_id": call.request_id,
-                    "code": code.name,
-                    "num_sequences": call.num_sequences,
-                    "num_tokens": call.num_tokens,
-                    "seconds": time.monotonic() - started_s,
-                },
-            )
-
-    @staticmethod
-    async def _abort(context: Context, error: TeacherError, request_id: str) -> None:
-        metadata = (status_metadata(error, request_id),)
-        await context.abort(status_code(error), error_message(error), trailing_metadata=metadata)
+            metadata = (status_metadata(error, call.request_id),)
+            await context.abort(status_code(error), error_message(error), trailing_metadata=metadata)
 
 
 def add_teacher(server: aio.Server, rpc: TeacherRpc) -> None:

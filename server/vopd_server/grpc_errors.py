@@ -8,10 +8,14 @@ from grpc import StatusCode
 
 from vopd_proto import teacher_pb2 as pb
 from vopd_server.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
     ConfigError,
     DeadlineError,
+    EngineDeadError,
     EngineError,
     InvalidRequestError,
+    MediaTypeError,
     OverloadedError,
     PermissionDeniedError,
     TeacherError,
@@ -22,12 +26,16 @@ from vopd_server.errors import (
 
 STATUS_CODES: dict[type[TeacherError], StatusCode] = {
     InvalidRequestError: StatusCode.INVALID_ARGUMENT,
+    BodyTooLargeError: StatusCode.INVALID_ARGUMENT,
+    MediaTypeError: StatusCode.INVALID_ARGUMENT,
     UnauthenticatedError: StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: StatusCode.PERMISSION_DENIED,
     OverloadedError: StatusCode.RESOURCE_EXHAUSTED,
     UnsupportedError: StatusCode.FAILED_PRECONDITION,
     DeadlineError: StatusCode.DEADLINE_EXCEEDED,
+    ClientGoneError: StatusCode.CANCELLED,
     UnavailableError: StatusCode.UNAVAILABLE,
+    EngineDeadError: StatusCode.UNAVAILABLE,
     EngineError: StatusCode.INTERNAL,
     ConfigError: StatusCode.INTERNAL,
     TeacherError: StatusCode.INTERNAL,

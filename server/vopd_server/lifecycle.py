@@ -1,7 +1,8 @@
 """The life of one teacher process: listen, load, serve, drain.
 
-The port is bound and health answers NOT_SERVING before the model is loaded, so that a port in use is found at
-once and a load balancer can watch. The first SIGTERM or SIGINT drains; the second one exits at once.
+The ports are bound and health answers NOT_SERVING before the model is loaded, so that a port in use is found at
+once and a load balancer can watch. The first SIGTERM or SIGINT drains; the second one exits at once. An engine that
+dies ends the process, for its supervisor to start another.
 """
 
 from __future__ import annotations
@@ -11,32 +12,40 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import NoReturn
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
+from vopd_server.admin_api import make_admin_app
 from vopd_server.admission import Admission, TokenBudget
 from vopd_server.answer_codec import pack_tokenizer
+from vopd_server.calls import SERVER_VERSION
 from vopd_server.config import ServerConfig
 from vopd_server.engines.base import Engine
-from vopd_server.errors import ConfigError
+from vopd_server.errors import ConfigError, EngineDeadError
 from vopd_server.grpc_api import SERVICE, TeacherRpc, add_teacher, server_options
+from vopd_server.http_api import make_http_app
+from vopd_server.http_listener import HttpListener, TlsFiles, bracketed
 from vopd_server.service import TeacherService
 from vopd_server.validation import Limits
 
 logger = logging.getLogger(__name__)
 
-SERVER_VERSION = version("vopd")
 HEALTH_NAMES = ("", SERVICE.full_name)
 # After the last answer was handed to gRPC: time for the bytes to leave.
 FLUSH_GRACE_S = 1.0
+# For those whose scores died with the engine to hear of it.
+LAST_WORDS_S = 5.0
+
+# Exit codes of `serve`; 2 is a wrong setting.
+DRAINED, CUT_OFF, ENGINE_DEAD = 0, 1, 3
 
 
 class TeacherServer:
-    """An engine behind a port. `start`, then `load`, then `drain`."""
+    """An engine behind its ports. `start`, then `load`, then `drain`."""
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
         self._config = config
@@ -44,21 +53,49 @@ class TeacherServer:
         self._health = health_aio.HealthServicer()
         self._server = aio.server(options=server_options(config.max_message_bytes))
         self.url = ""
+        tls = tls_files(config)
+        self._http: HttpListener | None = None
+        if config.http_port is not None:
+            app = make_http_app(self.service, body_timeout_s=config.answer_timeout_s)
+            self._http = HttpListener(app, host=config.host, port=config.http_port, tls=tls)
+        self._admin: HttpListener | None = None
+        if config.admin_port is not None:
+            self._admin = HttpListener(make_admin_app(self.service), host=config.admin_host, port=config.admin_port)
+
+    @property
+    def http_url(self) -> str:
+        """Empty without HTTP, as `admin_url` is without an admin listener."""
+        return self._http.url if self._http is not None else ""
+
+    @property
+    def admin_url(self) -> str:
+        return self._admin.url if self._admin is not None else ""
 
     async def start(self) -> None:
-        """Binds the port. Raises: ConfigError when that cannot be had."""
+        """Binds the ports. Raises: ConfigError when one cannot be had, or the certificate cannot be used."""
         for name in HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        rpc = TeacherRpc(self.service, server_version=SERVER_VERSION, answer_timeout_s=self._config.answer_timeout_s)
-        add_teacher(self._server, rpc)
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}:{self._config.port}: in use, or not ours to take") from error
+        add_teacher(self._server, TeacherRpc(self.service, answer_timeout_s=self._config.answer_timeout_s))
+        self.url = self._bind_grpc()
         await self._server.start()
-        self.url = f"grpc://{host}:{port}"
+        for listener in (self._http, self._admin):
+            if listener is not None:
+                await listener.start()
+
+    def _bind_grpc(self) -> str:
+        tls = tls_files(self._config)
+        host = bracketed(self._config.host)
+        where = f"{host}:{self._config.port}"
+        try:
+            if tls is None:
+                return f"grpc://{host}:{self._server.add_insecure_port(where)}"
+            pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+            return f"grpcs://{host}:{self._server.add_secure_port(where, grpc.ssl_server_credentials([pair]))}"
+        except OSError as error:
+            raise ConfigError(f"tls_cert_file, tls_key_file: {error}") from error
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {where}: in use, or not ours to take") from error
 
     async def load(self) -> None:
         """Loads the model and says SERVING. Raises: ConfigError, and what the engine raises."""
@@ -71,6 +108,12 @@ class TeacherServer:
             )
         for name in HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_until_dead(self) -> EngineDeadError:
+        """Returns when the engine can score nothing any more; health says NOT_SERVING then."""
+        reason = await self.service.wait_until_dead()
+        await self._health.enter_graceful_shutdown()
+        return reason
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new, finishes what is in flight; whether it did within `timeout_s`."""
@@ -85,20 +128,33 @@ class TeacherServer:
 
     async def close(self) -> None:
         """Ends what is left and frees the model."""
-        await self._server.stop(FLUSH_GRACE_S if self.service.is_idle else 0)
+        is_idle = self.service.is_idle
+        if self._http is not None:
+            await self._http.stop(is_idle=is_idle)
+        await self._server.stop(FLUSH_GRACE_S if is_idle else 0)
         await self.service.close()
+        if self._admin is not None:
+            await self._admin.stop(is_idle=True)
 
     def describe(self) -> str:
         """One line for people, and for whoever waits for the address."""
         info, limits = self.service.info, self.service.limits
+        http = f", {self.http_url}" if self.http_url else ""
+        admin = f" (admin {self.admin_url})" if self.admin_url else ""
         return (
-            f"vopd-server {SERVER_VERSION} ready at {self.url}: "
+            f"vopd-server {SERVER_VERSION} ready at {self.url}{http}{admin}: "
             f"model {info.model_id} (revision {info.model_revision}), engine {info.engine} {info.engine_version}, "
             f"dtype {info.dtype}, {limits.max_context_length} tokens a sequence, "
             f"{limits.max_tokens_per_request} tokens and "
             f"{limits.max_sequences_per_request} sequences a request, support up to {limits.max_top_k} ids, "
             f"queue {self._config.queue_tokens} tokens"
         )
+
+
+def tls_files(config: ServerConfig) -> TlsFiles | None:
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return None
+    return TlsFiles(config.tls_cert_file, config.tls_key_file)
 
 
 def limits_of(config: ServerConfig) -> Limits:
@@ -113,7 +169,7 @@ def limits_of(config: ServerConfig) -> Limits:
 
 
 async def serve(config: ServerConfig, engine: Engine, *, announce: Callable[[str], None]) -> int:
-    """Serves until a signal; the exit code: 0, or 1 when draining cut something off.
+    """Serves until a signal, or until the engine dies; the exit code: DRAINED, CUT_OFF or ENGINE_DEAD.
 
     announce: called once, with the line that holds the address, when the first request can be scored.
     Raises: ConfigError, and what the engine raises while it starts.
@@ -129,13 +185,19 @@ async def serve(config: ServerConfig, engine: Engine, *, announce: Callable[[str
             logger.info("stopped while loading the model")
             loading.cancel()
             await asyncio.wait({loading})
-            return 0
+            return DRAINED
         loading.result()
         announce(server.describe())
-        await stopping
+        dying = asyncio.create_task(server.wait_until_dead())
+        await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if dying.done():
+            logger.error("the engine cannot go on, and so this process ends: %s", dying.result())
+            await server.drain(LAST_WORDS_S)
+            return ENGINE_DEAD
         logger.info("draining", extra={"drain_timeout_s": config.drain_timeout_s})
         finished = await server.drain(config.drain_timeout_s)
-        return 0 if finished else 1
+        dying.cancel()
+        return DRAINED if finished else CUT_OFF
     finally:
         await server.close()
 

@@ -7,10 +7,11 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
+from vopd_server.calls import SERVER_VERSION
 from vopd_server.config import ServerConfig
 from vopd_server.engine_choice import make_engine
 from vopd_server.errors import TeacherError
-from vopd_server.lifecycle import SERVER_VERSION, serve
+from vopd_server.lifecycle import serve
 from vopd_server.logs import configure_logging
 from vopd_settings import SettingsError, load_settings
 
@@ -41,7 +42,7 @@ def run_serve(flags: Sequence[str]) -> int:
         flags,
         prog="vopd-server serve",
         env_prefix=ENV_PREFIX,
-        description="Serves one teacher model over gRPC until SIGTERM or SIGINT.",
+        description="Serves one teacher model over gRPC and HTTP until SIGTERM or SIGINT.",
     )
     configure_logging(config.log_level, config.log_format)
     return asyncio.run(serve(config, make_engine(config), announce=_print_line))
@@ -53,7 +54,7 @@ def _print_line(line: str) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "serve": ("score students' completions over gRPC", run_serve),
+    "serve": ("score students' completions over gRPC and HTTP", run_serve),
 }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -17,7 +16,8 @@ from typing import Literal
 from vopd_server.admission import Admission, Ticket
 from vopd_server.concurrency import task_group
 from vopd_server.engines.base import Engine
-from vopd_server.errors import EngineError, TeacherError, UnavailableError, UnsupportedError
+from vopd_server.errors import EngineDeadError, EngineError, TeacherError, UnavailableError, UnsupportedError
+from vopd_server.metrics import Metrics
 from vopd_server.types import EngineInfo, ScoreRequest, Scores, TokenizerInfo, empty_scores
 from vopd_server.validation import (
     Limits,
@@ -30,7 +30,7 @@ from vopd_server.validation import (
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "draining"]
+State = Literal["starting", "ready", "draining", "dead"]
 # A client that hears this asks again: about how long a model takes to load, a replica to be replaced.
 STARTING_RETRY_DELAY_S = 2.0
 DRAINING_RETRY_DELAY_S = 1.0
@@ -43,6 +43,15 @@ class TeacherService:
         self._engine = engine
         self.limits = limits
         self.admission = admission
+        self.metrics = Metrics()
+        self.metrics.watch("vopd_ready", "1 when requests are answered.", lambda: self._state == "ready")
+        self.metrics.watch("vopd_calls_in_flight", "Calls that have begun and not ended.", lambda: self._num_calls)
+        self.metrics.watch(
+            "vopd_reserved_tokens", "Tokens admitted and not yet answered.", lambda: admission.budget.reserved_tokens
+        )
+        self.metrics.watch(
+            "vopd_waiting_sequences", "Sequences of streams held back.", lambda: admission.budget.num_waiting
+        )
         self._state: State = "starting"
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
@@ -64,8 +73,16 @@ class TeacherService:
 
     def drain(self) -> None:
         """From now on nothing new is accepted."""
-        self._state = "draining"
+        if self._state != "dead":
+            self._state = "draining"
         self._draining.set()
+
+    async def wait_until_dead(self) -> EngineDeadError:
+        """Returns when the engine can score nothing any more, with the reason; nothing new is accepted then."""
+        reason = await self._engine.wait_until_dead()
+        self._state = "dead"
+        self.drain()
+        return reason
 
     async def wait_for_drain(self) -> None:
         await self._draining.wait()
@@ -102,6 +119,8 @@ class TeacherService:
         """Raises: UnavailableError, with a delay after which another try may be answered."""
         if self._state == "starting":
             raise UnavailableError("the teacher is loading its model", retry_delay_s=STARTING_RETRY_DELAY_S)
+        if self._state == "dead":
+            raise UnavailableError("the teacher's engine has died", retry_delay_s=STARTING_RETRY_DELAY_S)
         if self._state == "draining":
             raise UnavailableError("the teacher is shutting down", retry_delay_s=DRAINING_RETRY_DELAY_S)
 
@@ -173,7 +192,6 @@ class TeacherService:
         """The engine's answer, checked. An empty completion has one that needs no engine."""
         if len(request.completion_ids) == 0:
             return empty_scores(request)
-        started_s = time.monotonic()
         try:
             scores = await self._engine.score(request)
         except TeacherError:
@@ -182,12 +200,10 @@ class TeacherService:
             logger.exception("engine failed", extra={"request_id": request.request_id})
             raise EngineError(f"the engine failed; the teacher's log tells why under {request.request_id}") from error
         check_scores(request, scores)
-        logger.debug(
-            "scored",
-            extra={
-                "request_id": request.request_id,
-                "num_tokens": request.num_tokens,
-                "seconds": time.monotonic() - started_s,
-            },
+        self.metrics.sequence_scored(
+            context_tokens=len(request.context_ids),
+            completion_tokens=len(request.completion_ids),
+            queue_time_s=scores.queue_time_s,
+            engine_time_s=scores.engine_time_s,
         )
         return scores

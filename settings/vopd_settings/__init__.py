@@ -103,6 +103,8 @@ def _loader_type(
             cli_exit_on_error=False,
             cli_hide_none_type=True,
             cli_avoid_json=True,
+            cli_parse_none_str="None",
+            env_parse_none_str="None",
         )
 
         config: Path | None = Field(None, description="YAML file with any of these settings.")

@@ -95,7 +95,7 @@ async def test_a_teacher_that_was_killed_comes_back_on_the_same_port(held_teache
 async def test_health_says_not_serving_and_calls_are_sent_away_until_the_engine_is_warm() -> None:
     engine = FakeEngine()
     engine.hold()
-    server = TeacherServer(ServerConfig(model="fake", port=0), engine)
+    server = TeacherServer(ServerConfig(model="fake", port=0, http_port=0, admin_port=0), engine)
     await server.start()
     async with connect(server.url) as client:
         loading = asyncio.create_task(server.load())
@@ -118,7 +118,7 @@ async def test_health_says_not_serving_and_calls_are_sent_away_until_the_engine_
 async def test_a_port_that_is_taken_is_an_error_rather_than_shared() -> None:
     async with fake_teacher() as teacher:
         port = int(teacher.url.rpartition(":")[2])
-        second = TeacherServer(ServerConfig(model="fake", port=port), FakeEngine())
+        second = TeacherServer(ServerConfig(model="fake", port=port, http_port=0, admin_port=0), FakeEngine())
         with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
             await second.start()
         await second.close()

@@ -13,12 +13,13 @@ from google.rpc import error_details_pb2, status_pb2
 from vopd_server import errors
 from vopd_server.errors import InvalidRequestError, OverloadedError, TeacherError
 from vopd_server.grpc_errors import STATUS_CODES, STATUS_METADATA_KEY, score_failure, status_code, status_metadata
+from vopd_server.http_errors import HTTP_STATUSES
 from vopd_server.logs import JsonFormatter, TextFormatter
 
 
-def test_every_error_of_the_tree_is_in_the_table() -> None:
+def test_every_error_of_the_tree_is_in_the_table_of_every_transport() -> None:
     tree = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, TeacherError)}
-    assert tree == set(STATUS_CODES)
+    assert tree == set(STATUS_CODES) == set(HTTP_STATUSES)
 
 
 def test_a_subclass_has_the_status_of_its_parent() -> None:

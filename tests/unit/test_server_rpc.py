@@ -43,7 +43,7 @@ class Context:
 async def rpc_around(engine: FakeEngine) -> tuple[TeacherRpc, TeacherService]:
     service = TeacherService(engine, LIMITS, Admission(TokenBudget(100)))
     await service.start()
-    return TeacherRpc(service, server_version="0", answer_timeout_s=60), service
+    return TeacherRpc(service, answer_timeout_s=60), service
 
 
 async def test_the_servers_own_clock_ends_a_call_at_its_deadline() -> None:

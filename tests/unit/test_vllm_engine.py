@@ -11,7 +11,7 @@ import pytest
 
 from fake_vllm import BLOCK_SIZE, VOCAB_SIZE, FakeVllm, Output, row_logprobs
 from vopd_server.engines.vllm import VllmEngine, VllmStats
-from vopd_server.errors import ConfigError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.types import Candidates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
 
 Start = Callable[[FakeVllm], Awaitable[VllmEngine]]
@@ -244,10 +244,10 @@ class TestEnd:
         engine = await start(fake)
         watcher = asyncio.create_task(engine.wait_until_dead())
         fake.is_dead = True
-        with pytest.raises(EngineError):
+        with pytest.raises(EngineDeadError):
             await engine.score(request(CONTEXT, [1]))
-        assert isinstance(await watcher, EngineError)
-        with pytest.raises(EngineError, match="died"):
+        assert isinstance(await watcher, EngineDeadError)
+        with pytest.raises(EngineDeadError, match="died"):
             await engine.score(request(CONTEXT, [1]))
 
     async def test_a_death_is_found_while_nobody_asks(self, start: Start) -> None:
@@ -266,9 +266,9 @@ class TestEnd:
         fake.may_answer.clear()
         running = asyncio.create_task(engine.score(request(CONTEXT, [1])))
         await fake.arrivals.get()
-        with pytest.raises(EngineError, match=r"not answered for 0\.05 s"):
+        with pytest.raises(EngineDeadError, match=r"not answered for 0\.05 s"):
             await engine.check()
-        with pytest.raises(EngineError, match="not answered"):
+        with pytest.raises(EngineDeadError, match="not answered"):
             await running
         assert len(fake.aborted) == 1
 

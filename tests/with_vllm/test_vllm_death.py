@@ -15,7 +15,7 @@ import torch
 
 from plain_forward import Reference
 from vopd_server.engines.vllm import VllmEngine
-from vopd_server.errors import EngineError
+from vopd_server.errors import EngineDeadError
 from vopd_server.types import ScoreRequest, Scores, TeacherTopK
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -79,11 +79,11 @@ async def test_a_killed_engine_fails_its_requests_and_says_that_it_is_dead(
     assert not watcher.done()
     for pid in engine_core_pids():
         os.kill(pid, signal.SIGKILL)
-    assert isinstance(await asyncio.wait_for(watcher, 60), EngineError)
+    assert isinstance(await asyncio.wait_for(watcher, 60), EngineDeadError)
     outcomes = await asyncio.gather(*running, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} <= {EngineError, Scores}
-    assert any(isinstance(outcome, EngineError) for outcome in outcomes)
-    with pytest.raises(EngineError):
+    assert {type(outcome) for outcome in outcomes} <= {EngineDeadError, Scores}
+    assert any(isinstance(outcome, EngineDeadError) for outcome in outcomes)
+    with pytest.raises(EngineDeadError):
         await engine.score(request(1))
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineDeadError):
         await engine.check()

@@ -16,7 +16,7 @@ import torch
 
 from plain_forward import Reference
 from vopd_server.engines.vllm import VllmEngine
-from vopd_server.errors import EngineError, InvalidRequestError, UnsupportedError
+from vopd_server.errors import EngineDeadError, InvalidRequestError, UnsupportedError
 from vopd_server.types import Candidates, NoSupport, ScoreRequest, Support, TeacherTopK
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -207,9 +207,9 @@ async def test_a_living_engine_passes_its_check_and_a_frozen_one_does_not(
     for pid in engine_core_pids():
         os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(EngineError, match="has not answered for 10 s"):
+        with pytest.raises(EngineDeadError, match="has not answered for 10 s"):
             await engine.check()
-        with pytest.raises(EngineError, match="has not answered"):
+        with pytest.raises(EngineDeadError, match="has not answered"):
             await engine.score(request(ids(1, 5), ids(2, 5)))
     finally:
         for pid in engine_core_pids():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vopd_server.errors import EngineDeadError
 from vopd_server.types import EngineInfo, ScoreRequest, Scores, TokenizerInfo
 
 
@@ -28,8 +29,13 @@ class Engine(Protocol):
     async def score(self, request: ScoreRequest) -> Scores:
         """Scores one completion.
 
-        Raises: EngineError when the engine failed or produced NaN; never returns invented scores.
+        Raises: EngineError when the engine failed or produced NaN; EngineDeadError when it died or hangs; never
+            returns invented scores.
         """
+        ...
+
+    async def wait_until_dead(self) -> EngineDeadError:
+        """Watches a started engine; returns why it can score nothing any more. Cancel it to stop watching."""
         ...
 
     async def close(self) -> None:

@@ -22,7 +22,7 @@ from vopd_server.engines.batching import Shape, plan_next_pass
 from vopd_server.engines.forward import ContextStates, Forwarded, context_key
 from vopd_server.engines.loading import DtypeName, choose_device, load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
-from vopd_server.errors import EngineError, InvalidRequestError, TeacherError, UnavailableError
+from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, TeacherError, UnavailableError
 from vopd_server.types import EngineInfo, ScoreRequest, Scores, TeacherTopK, TokenizerInfo, empty_scores
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,13 @@ class TransformersEngine:
         if logprobs_TV[:, 0].isnan().any():  # one NaN in a row is NaN in its normaliser
             raise EngineError("the model gave NaN log-probabilities")
         return logprobs_TV
+
+    async def wait_until_dead(self) -> EngineDeadError:
+        """Returns when the dispatcher has ended, which only a mistake in it can bring about before `close`."""
+        assert self._dispatcher is not None, "not started"
+        await asyncio.wait((self._dispatcher,))
+        error = None if self._dispatcher.cancelled() else self._dispatcher.exception()
+        return EngineDeadError(f"the engine's dispatcher ended: {error!r}")
 
     async def close(self) -> None:
         """Fails what is queued with UnavailableError, waits for the forward in flight, frees the model."""

@@ -22,7 +22,7 @@ import numpy as np
 from vopd_server.engines.vllm_probe import has_token_ids
 from vopd_server.engines.vllm_requests import RecentOpenings, scoring_arguments
 from vopd_server.engines.vllm_scores import UnusableAnswerError, read_scores, times_s
-from vopd_server.errors import ConfigError, EngineError, InvalidRequestError, TeacherError, UnavailableError
+from vopd_server.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.types import (
     EngineInfo,
     ScoreRequest,
@@ -119,7 +119,7 @@ class VllmEngine:
         self._request_numbers = itertools.count()
         self._running: set[asyncio.Task[Scores]] = set()
         self._stats = VllmStats()
-        self._end: EngineError | UnavailableError | None = None
+        self._end: UnavailableError | None = None
         self._has_ended = asyncio.Event()
 
     @property
@@ -174,7 +174,7 @@ class VllmEngine:
     async def check(self) -> None:
         """Asks vLLM for a sign of life. An engine found dead or hung fails what it is running, for good.
 
-        Raises: EngineError when it is dead, or does not answer within `hang_timeout_s`.
+        Raises: EngineDeadError when it is dead, or does not answer within `hang_timeout_s`.
         """
         backend = self._ready()
         clock_s = asyncio.get_running_loop().time
@@ -184,16 +184,16 @@ class VllmEngine:
             while not ping.done() and not backend.is_dead and clock_s() < deadline_s:
                 await asyncio.wait((ping,), timeout=_DEATH_POLL_S)
             if backend.is_dead:
-                self._stop(EngineError("vLLM died"))
+                self._stop(EngineDeadError("vLLM died"))
             elif not ping.done():
-                self._stop(EngineError(f"vLLM has not answered for {self._hang_timeout_s:g} s"))
+                self._stop(EngineDeadError(f"vLLM has not answered for {self._hang_timeout_s:g} s"))
             elif (error := ping.exception()) is not None:
-                self._stop(EngineError(f"vLLM does not answer: {error}"))
+                self._stop(EngineDeadError(f"vLLM does not answer: {error}"))
         finally:
             ping.cancel()
         self._raise_if_ended()
 
-    async def wait_until_dead(self, *, interval_s: float = 1.0) -> EngineError:
+    async def wait_until_dead(self, *, interval_s: float = 1.0) -> EngineDeadError:
         """Watches a started engine; returns why it can score nothing any more. Cancel it to stop watching.
 
         Raises: UnavailableError before `start` and after `close`.
@@ -204,7 +204,7 @@ class VllmEngine:
                 await asyncio.wait_for(self._has_ended.wait(), interval_s)
             except TimeoutError:
                 continue
-            except EngineError as error:
+            except EngineDeadError as error:
                 return error
 
     async def close(self) -> None:
@@ -224,8 +224,9 @@ class VllmEngine:
     async def score(self, request: ScoreRequest) -> Scores:
         """Scores one request; vLLM batches concurrent ones. Cancelling it aborts it in vLLM.
 
-        Raises: EngineError when vLLM failed, died, hung or twice gave an answer that is not wholly there;
-            UnavailableError before `start` and after `close`; InvalidRequestError for a k beyond the vocabulary.
+        Raises: EngineError when vLLM failed or twice gave an answer that is not wholly there; EngineDeadError when
+            it died or hangs; UnavailableError before `start` and after `close`; InvalidRequestError for a k beyond
+            the vocabulary.
         """
         assert request.temperature == 1.0, "the service refuses it, since any_temperature is False"
         if isinstance(request.support, TeacherTopK) and request.support.k > self.info.vocab_size:
@@ -260,7 +261,8 @@ class VllmEngine:
             return await ask(read_cache=False)
         except EngineError:
             if backend.is_dead:
-                self._stop(EngineError("vLLM died"))
+                self._stop(EngineDeadError("vLLM died"))
+                self._raise_if_ended()
             raise
 
     async def _ask(self, backend: Backend, request: ScoreRequest, *, read_cache: bool, has_token_ids: bool) -> Scores:
@@ -285,11 +287,11 @@ class VllmEngine:
             raise UnavailableError("the engine has not been started")
         return self._backend
 
-    def _stop(self, end: EngineError | UnavailableError) -> None:
+    def _stop(self, end: UnavailableError) -> None:
         """The engine takes nothing any more, and what it is running fails with `end`. The first reason stands."""
         if self._end is not None:
             return
-        if isinstance(end, EngineError):
+        if isinstance(end, EngineDeadError):
             logger.error("the engine cannot go on: %s", end)
         self._end = end
         self._has_ended.set()
@@ -300,8 +302,7 @@ class VllmEngine:
     def _raise_if_ended(self) -> None:
         """Every caller gets an exception of its own: one shared would collect all their tracebacks."""
         if self._end is not None:
-            error: TeacherError = type(self._end)(str(self._end))
-            raise error
+            raise type(self._end)(str(self._end))
 
 
 async def _end_launch(launching: asyncio.Future[Backend]) -> None:

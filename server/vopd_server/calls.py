@@ -1,0 +1,108 @@
+"""The unary calls, whatever the transport: what they answer, and what goes on around them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+from vopd_proto import teacher_pb2 as pb
+from vopd_server.answer_codec import check_answer_fits, pack_info, pack_response, pack_tokenizer
+from vopd_server.codec import (
+    check_float_type,
+    check_no_unknown_fields,
+    request_id_of,
+    shapes_of_request,
+    temperature_of,
+    unpack_request,
+)
+from vopd_server.concurrency import deadline
+from vopd_server.errors import EngineError, TeacherError
+from vopd_server.grpc_errors import status_code
+from vopd_server.service import TeacherService
+from vopd_server.types import ScoreRequest
+
+logger = logging.getLogger(__name__)
+
+SERVER_VERSION = version("vopd")
+
+
+@dataclass
+class Call:
+    """What the log and the metrics say of one call. `method` is its name in teacher.proto."""
+
+    transport: Literal["grpc", "http"]
+    method: str
+    request_id: str = ""
+    num_sequences: int = 0
+    num_tokens: int = 0
+
+
+def get_info(service: TeacherService) -> pb.GetInfoResponse:
+    return pack_info(service.info, service.tokenizer, service.limits, SERVER_VERSION)
+
+
+def get_tokenizer(service: TeacherService) -> pb.GetTokenizerResponse:
+    return pack_tokenizer(service.tokenizer)
+
+
+async def score(service: TeacherService, call: Call, request: pb.ScoreRequest) -> pb.ScoreResponse:
+    """Scores a small batch, all or nothing. Raises: as `TeacherService.score_batch`."""
+    call.request_id = request_id_of(request)
+    check_no_unknown_fields(request)
+    check_float_type(request.float_type)
+    shapes = shapes_of_request(request)
+    call.num_sequences = len(shapes)
+    call.num_tokens = sum(shape.num_tokens for shape in shapes)
+
+    def unpack() -> Sequence[ScoreRequest]:
+        check_answer_fits(shapes, request.float_type, service.limits.max_message_bytes)
+        return unpack_request(request, call.request_id)
+
+    scored = await service.score_batch(shapes, unpack, temperature=temperature_of(request))
+    return pack_response(request, call.request_id, service.info.model_revision, scored)
+
+
+@asynccontextmanager
+async def answering(service: TeacherService, call: Call, *, timeout_s: float | None) -> AsyncIterator[None]:
+    """Around every call: counted while it runs, cut at its deadline, logged and measured at its end.
+
+    timeout_s: until the caller's deadline; None: there is none.
+
+    Raises: the TeacherErrors that come out of it; EngineError in the place of whatever else does, which is logged.
+    """
+    started_s = time.monotonic()
+    code = "CANCELLED"  # what is left when the client goes away
+    try:
+        async with deadline(timeout_s):
+            with service.call():
+                yield
+        code = "OK"
+    except TeacherError as error:
+        code = status_code(error).name
+        raise
+    except Exception as error:
+        logger.exception("%s failed", call.method, extra={"request_id": call.request_id})
+        code = "INTERNAL"
+        raise EngineError(
+            f"internal error; the teacher's log tells more under request id {call.request_id!r}"
+        ) from error
+    finally:
+        seconds = time.monotonic() - started_s
+        service.metrics.call_ended(call.transport, call.method, code, seconds)
+        logger.log(
+            logging.INFO if call.method.startswith("Score") else logging.DEBUG,
+            call.method,
+            extra={
+                "transport": call.transport,
+                "request_id": call.request_id,
+                "code": code,
+                "num_sequences": call.num_sequences,
+                "num_tokens": call.num_tokens,
+                "seconds": seconds,
+            },
+        )

@@ -1,0 +1,224 @@
+"""The HTTP transport: gRPC's unary calls under /v1, as JSON or as the same protobuf bytes. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, TypeVar
+
+from fastapi import FastAPI, Request
+from google.protobuf.message import Message
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from vopd_proto import teacher_pb2 as pb
+from vopd_server.calls import SERVER_VERSION, Call, answering, get_info, get_tokenizer, score
+from vopd_server.codec import parse
+from vopd_server.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
+    DeadlineError,
+    InvalidRequestError,
+    MediaTypeError,
+    TeacherError,
+)
+from vopd_server.http_errors import error_response, routing_error_response
+from vopd_server.http_info import info_answer, tokenizer_answer
+from vopd_server.http_json import parse_score_body, score_answer
+from vopd_server.http_openapi import GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
+from vopd_server.service import TeacherService
+
+JSON = "application/json"
+PROTOBUF = "application/x-protobuf"
+Encoding = Literal["application/json", "application/x-protobuf"]
+# JSON is for people. Its numbers become Python objects, which take ten times the bytes.
+MAX_JSON_BYTES = 16 * 2**20
+# A client that is told of an error while it still sends may see a broken connection instead of the error.
+LAST_WORDS_S = 0.5
+
+Answered = TypeVar("Answered")
+
+
+def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
+    """The ASGI application. body_timeout_s: in which a request's body must have arrived."""
+    # No pages of documentation: they would load scripts from another site.
+    app = FastAPI(title="vopd teacher", version=SERVER_VERSION, docs_url=None, redoc_url=None)
+    app.add_exception_handler(HTTPException, _routing_error)
+    add_health(app, service)
+    api = HttpApi(service, body_timeout_s=body_timeout_s)
+    app.get("/v1/info", **GET_INFO)(api.get_info)
+    app.get("/v1/tokenizer", **GET_TOKENIZER)(api.get_tokenizer)
+    app.post("/v1/score", **SCORE)(api.score)
+    describe(app)
+    return app
+
+
+def add_health(app: FastAPI, service: TeacherService) -> None:
+    """/healthz: the process lives. /readyz: requests are answered."""
+
+    async def healthz() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    async def readyz() -> Response:
+        return Response(f"{service.state}\n", 200 if service.state == "ready" else 503, media_type="text/plain")
+
+    app.get("/healthz", **HEALTHZ)(healthz)
+    app.get("/readyz", **READYZ)(readyz)
+
+
+class HttpApi:
+    """The methods of the service, by their paths."""
+
+    def __init__(self, service: TeacherService, *, body_timeout_s: float) -> None:
+        self._service = service
+        self._body_timeout_s = body_timeout_s
+
+    async def get_info(self, request: Request) -> Response:
+        async def answer(_call: Call) -> Response:
+            info = get_info(self._service)
+            return _packed(info) if _wants(request, default=JSON) == PROTOBUF else _json(info_answer(info))
+
+        return await self._answer(request, "GetInfo", answer)
+
+    async def get_tokenizer(self, request: Request) -> Response:
+        async def answer(_call: Call) -> Response:
+            table = get_tokenizer(self._service)
+            return _packed(table) if _wants(request, default=JSON) == PROTOBUF else _json(tokenizer_answer(table))
+
+        return await self._answer(request, "GetTokenizer", answer)
+
+    async def score(self, request: Request) -> Response:
+        async def answer(call: Call) -> Response:
+            encoding = _encoding_of(request)
+            limit = self._service.limits.max_message_bytes
+            body = await self._read_body(request, min(limit, MAX_JSON_BYTES) if encoding == JSON else limit)
+            return await _while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
+
+        return await self._answer(request, "Score", answer)
+
+    async def _score(self, call: Call, body: bytes, encoding: Encoding, wanted: Encoding) -> Response:
+        if encoding == JSON:
+            message = await asyncio.to_thread(parse_score_body, body)
+        else:
+            message = parse(pb.ScoreRequest, body)
+        response = await score(self._service, call, message)
+        if wanted == JSON:
+            return Response(await asyncio.to_thread(score_answer, message, response), media_type=JSON)
+        return _packed(response)
+
+    async def _answer(
+        self, request: Request, method: str, answer: Callable[[Call], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        """Around every call; its errors become their responses."""
+        call = Call("http", method)
+        try:
+            async with answering(self._service, call, timeout_s=_timeout_s(request)):
+                return await answer(call)
+        except TeacherError as error:
+            return error_response(error, call.request_id)
+
+    async def _read_body(self, request: Request, max_bytes: int) -> bytes:
+        """Raises: BodyTooLargeError, at once where the length is declared; DeadlineError for one that does not end."""
+        declared = request.headers.get("content-length", "0")
+        body = bytearray()
+        num_bytes = int(declared) if declared.isdecimal() else 0
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                chunks = request.stream()
+                while num_bytes <= max_bytes and (chunk := await anext(chunks, None)) is not None:
+                    body += chunk
+                    num_bytes = max(num_bytes, len(body))
+        except TimeoutError as error:
+            raise DeadlineError(f"the body did not arrive within {self._body_timeout_s:g} s") from error
+        if num_bytes > max_bytes:
+            await _hear_out(request)
+            raise BodyTooLargeError("body", f"{num_bytes} bytes or more > {max_bytes}")
+        return bytes(body)
+
+
+async def _hear_out(request: Request) -> None:
+    """Reads and drops what the client was about to send before it can hear of an error."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_S):
+            while (await request.receive()).get("more_body"):
+                pass
+    except TimeoutError:
+        pass
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Raises: ClientGoneError, and what `work` raises.
+    """
+    working = asyncio.ensure_future(work)
+    listening = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError("the client hung up")
+        return working.result()
+    finally:
+        working.cancel()
+        listening.cancel()
+        await asyncio.gather(working, listening, return_exceptions=True)
+
+
+async def _hang_up(request: Request) -> None:
+    """Returns when the client has gone; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# ---------------------------------------------------------------- headers
+
+
+def _encoding_of(request: Request) -> Encoding:
+    """Raises: MediaTypeError for a content type, or an encoding on top of it, that is not spoken here."""
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise MediaTypeError("Content-Encoding", f"{coding!r}; bodies are not compressed")
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == JSON:
+        return "application/json"
+    if media_type == PROTOBUF:
+        return "application/x-protobuf"
+    raise MediaTypeError("Content-Type", f"{media_type or 'none'!r}; send {JSON} or {PROTOBUF}")
+
+
+def _wants(request: Request, *, default: str) -> Encoding:
+    """What `Accept` names, where it names one of ours; both: the first."""
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    named = next((media_type for media_type in accepted if media_type in (JSON, PROTOBUF)), default)
+    return "application/x-protobuf" if named == PROTOBUF else "application/json"
+
+
+def _timeout_s(request: Request) -> float | None:
+    """Raises: InvalidRequestError for a Request-Timeout that is no number of seconds."""
+    told = request.headers.get("request-timeout")
+    if told is None:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0:
+        raise InvalidRequestError("Request-Timeout", f"{told!r}; it must be a number of seconds, 0 or more")
+    return seconds
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _packed(message: Message) -> Response:
+    return Response(message.SerializeToString(), media_type=PROTOBUF)
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type=JSON)
+
+
+async def _routing_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return routing_error_response(error)

@@ -1,0 +1,104 @@
+"""What /openapi.json says of the HTTP API beyond what FastAPI sees: bodies are read by hand, within a limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from vopd_server.http_errors import ErrorBody
+from vopd_server.http_info import InfoAnswer, TokenizerAnswer
+from vopd_server.http_json import ScoreAnswer, ScoreBody
+
+_PROTOBUF = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+_TIMEOUT = {
+    "name": "Request-Timeout",
+    "in": "header",
+    "required": False,
+    "description": "Seconds after which the caller waits no longer; the call is cancelled then.",
+    "schema": {"type": "number", "minimum": 0},
+}
+
+
+def _errors(**statuses: str) -> dict[int | str, dict[str, Any]]:
+    """`_422="…"` for every status that may be answered with an ErrorBody."""
+    return {int(status.lstrip("_")): {"model": ErrorBody, "description": about} for status, about in statuses.items()}
+
+
+_ANY_CALL = {
+    "_422": "The request can never be answered; `field` names what is wrong.",
+    "_500": "The teacher failed; its log tells more under the request id.",
+    "_503": "Loading, or shutting down; another try may be answered after `retry_delay_s`.",
+    "_504": "The deadline in Request-Timeout passed.",
+}
+
+GET_INFO: dict[str, Any] = {
+    "operation_id": "GetInfo",
+    "summary": "What this teacher is and what it can do.",
+    "response_model": InfoAnswer,
+    "responses": {200: {"content": _PROTOBUF, "description": "Ready."}, **_errors(**_ANY_CALL)},
+    "openapi_extra": {"parameters": [_TIMEOUT]},
+}
+GET_TOKENIZER: dict[str, Any] = {
+    "operation_id": "GetTokenizer",
+    "summary": "The whole id -> token table, and the tokenizer itself where it serialises.",
+    "response_model": TokenizerAnswer,
+    "responses": {200: {"content": _PROTOBUF, "description": "The table."}, **_errors(**_ANY_CALL)},
+    "openapi_extra": {"parameters": [_TIMEOUT]},
+}
+SCORE: dict[str, Any] = {
+    "operation_id": "Score",
+    "summary": "Scores a small batch of completions; one answer, in the order of the request, all or nothing.",
+    "response_model": ScoreAnswer,
+    "responses": {
+        200: {"content": _PROTOBUF, "description": "The scores."},
+        **_errors(
+            _409="This engine cannot do it; the message names what it can.",
+            _413="The body has too many bytes.",
+            _415="The body is neither JSON nor protobuf.",
+            _429="Over the queue bound; nothing was admitted. Try again after `retry_delay_s`.",
+            **_ANY_CALL,
+        ),
+    },
+    "openapi_extra": {
+        "parameters": [_TIMEOUT],
+        "requestBody": {
+            "required": True,
+            "description": "The same message either way; see teacher.proto for the protobuf one.",
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/ScoreBody"}},
+                **_PROTOBUF,
+            },
+        },
+    },
+}
+HEALTHZ: dict[str, Any] = {
+    "summary": "The process lives.",
+    "response_model": None,
+    "responses": {200: {"content": _TEXT, "description": "It does."}},
+}
+READYZ: dict[str, Any] = {
+    "summary": "Requests are answered.",
+    "response_model": None,
+    "responses": {
+        200: {"content": _TEXT, "description": "They are."},
+        503: {"content": _TEXT, "description": "The state that the teacher is in instead."},
+    },
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Puts the schemas of the request body where the routes refer to them."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            body = ScoreBody.model_json_schema(ref_template="#/components/schemas/{model}")
+            definitions = body.pop("$defs", {})
+            schema["components"]["schemas"].update({"ScoreBody": body, **definitions})
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
