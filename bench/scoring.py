@@ -71,10 +71,11 @@ def measure(teacher: RemoteTeacher, workload: Workload, rng: np.random.Generator
 
 def start_teacher(model: str, dtype: str, log_path: Path) -> tuple[subprocess.Popen[bytes], str]:
     """A `vopd-server` on a free port of its own; its address once it is ready."""
-    command = [sys.executable, "-m", "vopd_server.main", "serve", "--model", model, "--dtype", dtype, "--port", "0", "--http-port", "0"]
+    command = [sys.executable, "-m", "vopd_server.main", "serve", "--model", model, "--dtype", dtype]
+    command += ["--port", "0", "--http-port", "None", "--admin-port", "None"]
     with log_path.open("wb") as log_file:
         process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
-    while not (ready := re.search(r"ready at (grpc://\S+):", log_path.read_text())):
+    while not (ready := re.search(r"ready at (grpc://\S+?:\d+): ", log_path.read_text())):
         if process.poll() is not None:
             sys.exit(f"the teacher did not start:\n{log_path.read_text()}")
         time.sleep(0.1)

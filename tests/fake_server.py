@@ -38,15 +38,15 @@ class FakeTeacher:
 
 @asynccontextmanager
 async def fake_teacher(engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[FakeTeacher]:
-    """`settings` are those of ServerConfig."""
+    """`settings` are those of ServerConfig; no admin listener, which takes a while to end."""
     engine = engine or FakeEngine()
     server = TeacherServer(
-        ServerConfig(model="fake", **{"port": 0, "http_port": 0, "admin_port": 0, **settings}), engine
+        ServerConfig(model="fake", **{"port": 0, "http_port": 0, "admin_port": None, **settings}), engine
     )
     try:
         await server.start()
         await server.load()
-        async with connect(server.url) as client:
+        async with connect(server.url, server.http_url) as client:
             yield FakeTeacher(server, engine, client)
     finally:
         await server.close()

@@ -1,14 +1,16 @@
-"""A teacher process whose engine waits for its tests: `python held_teacher.py [load] [FLAGS of ServerConfig]`.
+"""A teacher process whose engine waits for its tests: `python held_teacher.py [load|child] [FLAGS of ServerConfig]`.
 
 It is the real process around a fake engine that says "in the engine" when a call arrives and answers it after
-SIGUSR1. With `load` the engine never gets ready.
+SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
 import sys
+import time
 
 from fake_engine import FakeEngine
 from vopd_server.config import ServerConfig
@@ -24,23 +26,26 @@ def say(line: str) -> None:
 
 
 class HeldEngine(FakeEngine):
-    def __init__(self, *, never_loads: bool) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
-        self._never_loads = never_loads
+        self._mode = mode
 
     async def start(self) -> None:
-        if self._never_loads:
+        if self._mode == "load":
             say("loading")
             await asyncio.Event().wait()
+        if self._mode == "child":
+            multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)).start()
         self.hold()
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.let_go)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self.die, "killed by its test")
 
     async def score(self, request: ScoreRequest) -> Scores:
         say("in the engine")
         return await super().score(request)
 
 
-async def run(flags: list[str], *, never_loads: bool) -> int:
+async def run(flags: list[str], mode: str) -> int:
     free_ports = ["--http-port", "0", "--admin-port", "0"]
     config = load_settings(
         ServerConfig,
@@ -49,10 +54,9 @@ async def run(flags: list[str], *, never_loads: bool) -> int:
         env_prefix="HELD_",
     )
     configure_logging(config.log_level, config.log_format)
-    return await serve(config, HeldEngine(never_loads=never_loads), announce=say)
+    return await serve(config, HeldEngine(mode), announce=say)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    never_loads = arguments[:1] == ["load"]
-    sys.exit(asyncio.run(run(arguments[never_loads:], never_loads=never_loads)))
+    mode, flags = (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["load"], ["child"]) else ("", sys.argv[1:])
+    sys.exit(asyncio.run(run(flags, mode)))

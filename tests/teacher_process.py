@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -58,6 +59,10 @@ class RunningTeacher:
     def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def send_group_signal(self, number: signal.Signals) -> None:
+        """To the teacher and to every process that it has started, as a terminal does on Ctrl-C."""
+        os.killpg(self.pid, number)
+
     def wait(self, timeout_s: float = 60.0) -> int:
         """The exit code, once it has ended."""
         return self._process.wait(timeout_s)
@@ -68,8 +73,8 @@ class RunningTeacher:
         return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL: gone at once, without a word to its clients."""
-        self._process.kill()
+        """SIGKILL, to whatever it has started as well: gone at once, without a word to its clients."""
+        self.send_group_signal(signal.SIGKILL)
         self._process.wait()
 
     def __enter__(self) -> RunningTeacher:
@@ -78,25 +83,30 @@ class RunningTeacher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.is_running:
+        with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
             self.kill()
         self._log_path.unlink(missing_ok=True)
 
 
 def spawn(command: Sequence[str], env: dict[str, str] | None = None) -> RunningTeacher:
-    """Starts `python COMMAND` and does not wait for it. `env` is added to this process's own."""
+    """Starts `python COMMAND` as a process group and does not wait. `env` is added to this process's own."""
     with tempfile.NamedTemporaryFile(prefix="teacher-", suffix=".log", delete=False) as log_file:
         process = subprocess.Popen(
             [sys.executable, *command],
             stdout=log_file,
             stderr=subprocess.STDOUT,
+            process_group=0,
             env={**os.environ, **(env or {})},
         )
     return RunningTeacher(process, Path(log_file.name))
 
 
 def start_teacher(
-    model_dir: Path | str, *flags: str, port: int = 0, env: dict[str, str] | None = None
+    model_dir: Path | str,
+    *flags: str,
+    port: int = 0,
+    env: dict[str, str] | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> RunningTeacher:
     """Serves `model_dir` and returns when the teacher is ready. Port 0: any free one.
 
@@ -105,7 +115,7 @@ def start_teacher(
     command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), "--port", str(port), *FREE_PORTS, *flags]
     teacher = spawn(command, env)
     try:
-        teacher.wait_until_ready()
+        teacher.wait_until_ready(timeout_s)
     except BaseException:
         teacher.__exit__(None, None, None)
         raise

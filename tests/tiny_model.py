@@ -34,6 +34,7 @@ def write_tiny_model(
     *,
     seed: int = 0,
     num_layers: int = 2,
+    hidden_size: int = 32,
     vocab_padding: int = 0,
     end_token: str = "<|end|>",
     extra_tokens: tuple[str, ...] = (),
@@ -46,7 +47,7 @@ def write_tiny_model(
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + vocab_padding,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=num_layers,
         num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""A client that speaks the wire contract and nothing else, for tests of a teacher from outside.
+"""A client that speaks the wire contract and nothing else, over gRPC and HTTP, for tests of a teacher from outside.
 
 `Question` is one completion as a test says it, `Answer` is what came back with its chunks put together.
 Beside whole questions it sends messages and bytes that no sane client would.
@@ -6,12 +6,15 @@ Beside whole questions it sends messages and bytes that no sane client would.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
+import httpx2
 import numpy as np
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -22,6 +25,23 @@ from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import Float32Array, IntArray, pack_uints, unpack_floats, unpack_uints
 
 SERVICE = "/vopd.teacher.v1.Teacher/"
+PROTOBUF = "application/x-protobuf"
+JSON = "application/json"
+# docs/wire-contract.md, the other way round.
+CODES_OF_STATUS = {
+    401: {"UNAUTHENTICATED"},
+    403: {"PERMISSION_DENIED"},
+    404: {"NOT_FOUND"},
+    405: {"UNIMPLEMENTED"},
+    409: {"FAILED_PRECONDITION"},
+    413: {"INVALID_ARGUMENT"},
+    415: {"INVALID_ARGUMENT"},
+    422: {"INVALID_ARGUMENT"},
+    429: {"RESOURCE_EXHAUSTED"},
+    500: {"INTERNAL"},
+    503: {"UNAVAILABLE"},
+    504: {"DEADLINE_EXCEEDED"},
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A status, or the failure of one sequence of a stream."""
+    """A status of either transport, or the failure of one sequence of a stream."""
 
     code: grpc.StatusCode
     message: str
@@ -57,6 +77,7 @@ class Refusal:
     retry_delay_s: float | None = None
     request_id: str = ""
     name: str = ""
+    http_status: int = 0
 
 
 class RefusedError(Exception):
@@ -68,8 +89,14 @@ class RefusedError(Exception):
 class WireClient:
     """Raw calls: bytes or messages out, bytes parsed on the way back."""
 
-    def __init__(self, channel: aio.Channel) -> None:
+    def __init__(self, channel: aio.Channel, http: httpx2.AsyncClient | None) -> None:
         self.channel = channel
+        self._http = http
+
+    @property
+    def http(self) -> httpx2.AsyncClient:
+        assert self._http is not None, "connected without an HTTP address"
+        return self._http
 
     def unary(self, method: str, message: Message | bytes, answer_type: Any, timeout_s: float | None = None) -> Any:
         call = self.channel.unary_unary(
@@ -151,12 +178,51 @@ class WireClient:
         except aio.AioRpcError as error:
             raise RefusedError(refusal_of(error)) from error
 
+    async def score_http_protobuf(
+        self,
+        contexts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        *,
+        temperature: float | None = None,
+        float_type: int = pb.FLOAT_TYPE_UNSPECIFIED,
+    ) -> list[Answer]:
+        """The bytes of a unary Score as the body of a POST. Raises: RefusedError."""
+        request = score_request(contexts, questions, temperature=temperature, float_type=float_type)
+        return [_answer([scores]) for scores in (await self.post_score(request)).scores]
+
+    async def score_http_json(
+        self,
+        contexts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        *,
+        temperature: float | None = None,
+        float_type: int = pb.FLOAT_TYPE_UNSPECIFIED,
+    ) -> list[Answer]:
+        """The same as JSON, whose numbers are as wide as float32. Raises: RefusedError."""
+        assert float_type == pb.FLOAT_TYPE_UNSPECIFIED, "JSON has one type of number"
+        body = score_body(contexts, questions, temperature=temperature)
+        # Not `json=`: NaN is no JSON, and for the server to say so.
+        headers = {"Content-Type": JSON}
+        response = await self.http.post("/v1/score", content=json.dumps(body), headers=headers)
+        answered = checked_response(response).json()
+        return [_json_answer(scores) for scores in answered["scores"]]
+
+    async def post_score(self, message: Message | bytes, timeout_s: float | None = None) -> pb.ScoreResponse:
+        """Raises: RefusedError."""
+        headers = {"Content-Type": PROTOBUF} | ({} if timeout_s is None else {"Request-Timeout": str(timeout_s)})
+        response = await self.http.post("/v1/score", content=_to_bytes(message), headers=headers)
+        return pb.ScoreResponse.FromString(checked_response(response, PROTOBUF).content)
+
 
 @asynccontextmanager
-async def connect(url: str) -> AsyncIterator[WireClient]:
+async def connect(url: str, http_url: str = "") -> AsyncIterator[WireClient]:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
-    async with aio.insecure_channel(url.removeprefix("grpc://"), options=options) as channel:
-        yield WireClient(channel)
+    async with AsyncExitStack() as stack:
+        channel = await stack.enter_async_context(aio.insecure_channel(url.removeprefix("grpc://"), options=options))
+        http = httpx2.AsyncClient(base_url=http_url, timeout=None, trust_env=False) if http_url else None
+        if http is not None:
+            await stack.enter_async_context(http)
+        yield WireClient(channel, http)
 
 
 # ---------------------------------------------------------------- messages
@@ -179,6 +245,28 @@ def score_request(
         contexts=[ids(context) for context in contexts],
         sequences=[sequence_message(question, contexts) for question in questions],
     )
+
+
+def score_body(
+    contexts: Sequence[Sequence[int]], questions: Sequence[Question], *, temperature: float | None = None
+) -> dict[str, Any]:
+    """The JSON of `score_request`, without what is not set."""
+    body: dict[str, Any] = {
+        "contexts": [list(context) for context in contexts],
+        "sequences": [_sequence_body(question) for question in questions],
+    }
+    return body if temperature is None else {**body, "temperature": temperature}
+
+
+def _sequence_body(question: Question) -> dict[str, Any]:
+    body: dict[str, Any] = {"context_index": question.context, "completion_ids": list(question.completion)}
+    if question.name:
+        body["sequence_id"] = question.name
+    if question.k is not None:
+        body["teacher_top_k"] = question.k
+    if question.candidates is not None:
+        body["candidates"] = [list(row) for row in question.candidates]
+    return body
 
 
 def sequence_message(question: Question, contexts: Sequence[Sequence[int]]) -> pb.Sequence:
@@ -266,6 +354,49 @@ def _answer(parts: Sequence[pb.SequenceScores]) -> Answer:
         support_ids=support_ids.reshape(-1, k) if k else None,
         float_types=frozenset(part.sampled_logprobs.type for part in parts),
         num_chunks=len(parts),
+    )
+
+
+def _json_answer(scores: dict[str, Any]) -> Answer:
+    """Candidates come a list a position; here they are flat, as protobuf has them."""
+    support, support_ids = scores["support_logprobs"], scores["support_ids"]
+    if support is not None and support_ids is None:
+        support = [logprob for row in support for logprob in row]
+    sampled_T = np.asarray([float(logprob) for logprob in scores["sampled_logprobs"]], np.float32)
+    if support_ids is None:
+        width: tuple[int, ...] = (-1,)
+    else:
+        width = (len(sampled_T), -1 if len(sampled_T) else 0)
+    return Answer(
+        name=scores["sequence_id"],
+        sampled_T=sampled_T,
+        support=None if support is None else np.asarray(support, np.float32).reshape(width),
+        support_ids=None if support_ids is None else np.asarray(support_ids, np.int64).reshape(width),
+        float_types=frozenset({pb.FLOAT32}),
+        num_chunks=1,
+    )
+
+
+def checked_response(response: httpx2.Response, media_type: str = JSON) -> httpx2.Response:
+    """A 200 of the expected type. Raises: RefusedError for anything else, whose body is our JSON and nothing more."""
+    if response.status_code == 200:
+        assert response.headers["content-type"] == media_type
+        return response
+    assert response.headers["content-type"] == JSON, response.text
+    told = response.json()["error"]
+    assert set(told) == {"code", "message", "field", "retry_delay_s", "request_id"}
+    assert told["code"] in CODES_OF_STATUS[response.status_code]
+    delay_s = told["retry_delay_s"]
+    assert response.headers.get("retry-after") == (None if delay_s is None else str(math.ceil(delay_s)))
+    raise RefusedError(
+        Refusal(
+            code=grpc.StatusCode[told["code"]],
+            message=told["message"],
+            field=told["field"],
+            retry_delay_s=delay_s,
+            request_id=told["request_id"],
+            http_status=response.status_code,
+        )
     )
 
 

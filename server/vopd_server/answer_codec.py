@@ -102,17 +102,19 @@ def answer_bytes(shape: SequenceShape, float_type: int) -> int:
     return SEQUENCE_OVERHEAD_BYTES + id_bytes + float_bytes(float_type) * (shape.completion_length + shape.num_support)
 
 
-def check_answer_fits(shapes: Sequence[SequenceShape], float_type: int, max_message_bytes: int) -> None:
-    """Refuses, before any work, a unary request whose answer could not be sent.
+def check_answer_fits(
+    shapes: Sequence[SequenceShape], float_type: int, max_bytes: int, *, limit: str = "max_message_bytes"
+) -> None:
+    """Refuses, before any work, a unary request whose answer could not be sent. limit: what `max_bytes` is called.
 
     Raises: InvalidRequestError.
     """
     needed = sum(answer_bytes(shape, float_type) for shape in shapes)
-    if needed > max_message_bytes:
+    if needed > max_bytes:
         raise InvalidRequestError(
             "sequences",
-            f"an answer of up to {needed} bytes > max_message_bytes {max_message_bytes}: send fewer sequences or a "
-            "smaller support, or use ScoreStream",
+            f"an answer of up to {needed} bytes > {limit} {max_bytes}: send fewer sequences or a smaller support, "
+            "or use ScoreStream",
         )
 
 

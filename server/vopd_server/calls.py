@@ -50,8 +50,15 @@ def get_tokenizer(service: TeacherService) -> pb.GetTokenizerResponse:
     return pack_tokenizer(service.tokenizer)
 
 
-async def score(service: TeacherService, call: Call, request: pb.ScoreRequest) -> pb.ScoreResponse:
-    """Scores a small batch, all or nothing. Raises: as `TeacherService.score_batch`."""
+async def score(
+    service: TeacherService, call: Call, request: pb.ScoreRequest, *, max_json_bytes: int | None = None
+) -> pb.ScoreResponse:
+    """Scores a small batch, all or nothing.
+
+    max_json_bytes: bounds an answer that is going to be JSON, beside max_message_bytes.
+
+    Raises: as `TeacherService.score_batch`.
+    """
     call.request_id = request_id_of(request)
     check_no_unknown_fields(request)
     check_float_type(request.float_type)
@@ -61,6 +68,8 @@ async def score(service: TeacherService, call: Call, request: pb.ScoreRequest) -
 
     def unpack() -> Sequence[ScoreRequest]:
         check_answer_fits(shapes, request.float_type, service.limits.max_message_bytes)
+        if max_json_bytes is not None:
+            check_answer_fits(shapes, request.float_type, max_json_bytes, limit="the bound on answers in JSON")
         return unpack_request(request, call.request_id)
 
     scored = await service.score_batch(shapes, unpack, temperature=temperature_of(request))

@@ -33,7 +33,8 @@ from vopd_server.service import TeacherService
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 Encoding = Literal["application/json", "application/x-protobuf"]
-# JSON is for people. Its numbers become Python objects, which take ten times the bytes.
+# JSON is for people. Its numbers become Python objects, which take ten times the bytes. Of a request it bounds the
+# JSON itself, of an answer the protobuf that the JSON is made of.
 MAX_JSON_BYTES = 16 * 2**20
 # A client that is told of an error while it still sends may see a broken connection instead of the error.
 LAST_WORDS_S = 0.5
@@ -103,7 +104,7 @@ class HttpApi:
             message = await asyncio.to_thread(parse_score_body, body)
         else:
             message = parse(pb.ScoreRequest, body)
-        response = await score(self._service, call, message)
+        response = await score(self._service, call, message, max_json_bytes=MAX_JSON_BYTES if wanted == JSON else None)
         if wanted == JSON:
             return Response(await asyncio.to_thread(score_answer, message, response), media_type=JSON)
         return _packed(response)
@@ -203,8 +204,8 @@ def _timeout_s(request: Request) -> float | None:
         seconds = float(told)
     except ValueError:
         seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
-        raise InvalidRequestError("Request-Timeout", f"{told!r}; it must be a number of seconds, 0 or more")
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise InvalidRequestError("Request-Timeout", f"{told!r}; it must be a number of seconds above 0")
     return seconds
 
 

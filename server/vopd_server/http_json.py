@@ -23,6 +23,9 @@ TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
 Logprob = float | Literal["-Infinity"]
 
+# Told in the schema; refused where protobuf's empty lists are, in the same words.
+NOT_EMPTY = Field(json_schema_extra={"minItems": 1})
+
 MAX_PROBLEMS_NAMED = 4
 FLOAT32_DIGITS = 9  # significant decimal digits that tell every float32 from every other
 
@@ -51,9 +54,15 @@ class ScoreBody(_Body):
     """A small batch: answered in its order, all or nothing."""
 
     request_id: Name = Field("", description="For the logs; made by the teacher when empty.")
-    temperature: float | None = Field(None, description="Logits are divided by it before the softmax; unset: 1.")
-    contexts: list[list[TokenId]] = Field(description="Token ids; a context shared by several sequences stands once.")
-    sequences: list[SequenceBody]
+    temperature: float | None = Field(
+        None,
+        json_schema_extra={"exclusiveMinimum": 0},
+        description="Logits are divided by it before the softmax; unset: 1.",
+    )
+    contexts: list[Annotated[list[TokenId], NOT_EMPTY]] = Field(
+        description="Token ids; a context shared by several sequences stands once."
+    )
+    sequences: Annotated[list[SequenceBody], NOT_EMPTY]
 
 
 def parse_score_body(body: bytes) -> pb.ScoreRequest:

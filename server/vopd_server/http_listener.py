@@ -6,26 +6,17 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from vopd_server.errors import ConfigError
+from vopd_server.tls import TlsFiles
 
 BACKLOG = 2048
 # Longer than clients keep an idle connection, so that none is closed while it is being used again.
 KEEP_ALIVE_S = 75
 SHUTDOWN_GRACE_S = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files: the certificate chain and its private key."""
-
-    cert: Path
-    key: Path
 
 
 class HttpListener:
@@ -52,13 +43,8 @@ class HttpListener:
         self.url = ""
 
     async def start(self) -> None:
-        """Raises: ConfigError when the port cannot be had, or the certificate cannot be used."""
+        """Raises: ConfigError when the port cannot be had."""
         listening = bind(self._host, self._port)
-        try:
-            self._server.config.load()
-        except OSError as error:  # ssl's errors are among them
-            listening.close()
-            raise ConfigError(f"tls_cert_file, tls_key_file: {error}") from error
         self.url = f"{self._scheme}://{bracketed(self._host)}:{listening.getsockname()[1]}"
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
         while not self._server.started and not self._serving.done():  # noqa: ASYNC110  # uvicorn offers no event

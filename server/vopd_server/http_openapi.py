@@ -18,7 +18,7 @@ _TIMEOUT = {
     "in": "header",
     "required": False,
     "description": "Seconds after which the caller waits no longer; the call is cancelled then.",
-    "schema": {"type": "number", "minimum": 0},
+    "schema": {"type": "number", "exclusiveMinimum": 0},
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -28,8 +29,9 @@ from vopd_server.engines.base import Engine
 from vopd_server.errors import ConfigError, EngineDeadError
 from vopd_server.grpc_api import SERVICE, TeacherRpc, add_teacher, server_options
 from vopd_server.http_api import make_http_app
-from vopd_server.http_listener import HttpListener, TlsFiles, bracketed
+from vopd_server.http_listener import HttpListener, bracketed
 from vopd_server.service import TeacherService
+from vopd_server.tls import TlsFiles, check_tls_files
 from vopd_server.validation import Limits
 
 logger = logging.getLogger(__name__)
@@ -48,16 +50,17 @@ class TeacherServer:
     """An engine behind its ports. `start`, then `load`, then `drain`."""
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
+        """Raises: ConfigError for a certificate that cannot be used."""
         self._config = config
         self.service = TeacherService(engine, limits_of(config), Admission(TokenBudget(config.queue_tokens)))
         self._health = health_aio.HealthServicer()
         self._server = aio.server(options=server_options(config.max_message_bytes))
         self.url = ""
-        tls = tls_files(config)
+        self._tls = tls_files(config)
         self._http: HttpListener | None = None
         if config.http_port is not None:
             app = make_http_app(self.service, body_timeout_s=config.answer_timeout_s)
-            self._http = HttpListener(app, host=config.host, port=config.http_port, tls=tls)
+            self._http = HttpListener(app, host=config.host, port=config.http_port, tls=self._tls)
         self._admin: HttpListener | None = None
         if config.admin_port is not None:
             self._admin = HttpListener(make_admin_app(self.service), host=config.admin_host, port=config.admin_port)
@@ -72,7 +75,7 @@ class TeacherServer:
         return self._admin.url if self._admin is not None else ""
 
     async def start(self) -> None:
-        """Binds the ports. Raises: ConfigError when one cannot be had, or the certificate cannot be used."""
+        """Binds the ports. Raises: ConfigError when one cannot be had."""
         for name in HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -84,7 +87,7 @@ class TeacherServer:
                 await listener.start()
 
     def _bind_grpc(self) -> str:
-        tls = tls_files(self._config)
+        tls = self._tls
         host = bracketed(self._config.host)
         where = f"{host}:{self._config.port}"
         try:
@@ -92,8 +95,6 @@ class TeacherServer:
                 return f"grpc://{host}:{self._server.add_insecure_port(where)}"
             pair = (tls.key.read_bytes(), tls.cert.read_bytes())
             return f"grpcs://{host}:{self._server.add_secure_port(where, grpc.ssl_server_credentials([pair]))}"
-        except OSError as error:
-            raise ConfigError(f"tls_cert_file, tls_key_file: {error}") from error
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {where}: in use, or not ours to take") from error
 
@@ -129,12 +130,9 @@ class TeacherServer:
     async def close(self) -> None:
         """Ends what is left and frees the model."""
         is_idle = self.service.is_idle
-        if self._http is not None:
-            await self._http.stop(is_idle=is_idle)
-        await self._server.stop(FLUSH_GRACE_S if is_idle else 0)
+        ending = [listener.stop(is_idle=is_idle) for listener in (self._http, self._admin) if listener is not None]
+        await asyncio.gather(self._server.stop(FLUSH_GRACE_S if is_idle else 0), *ending)
         await self.service.close()
-        if self._admin is not None:
-            await self._admin.stop(is_idle=True)
 
     def describe(self) -> str:
         """One line for people, and for whoever waits for the address."""
@@ -152,9 +150,12 @@ class TeacherServer:
 
 
 def tls_files(config: ServerConfig) -> TlsFiles | None:
+    """None: no TLS. Raises: ConfigError for files that cannot be used."""
     if config.tls_cert_file is None or config.tls_key_file is None:
         return None
-    return TlsFiles(config.tls_cert_file, config.tls_key_file)
+    files = TlsFiles(config.tls_cert_file, config.tls_key_file)
+    check_tls_files(files)
+    return files
 
 
 def limits_of(config: ServerConfig) -> Limits:
@@ -217,7 +218,9 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _exit_now(number: signal.Signals) -> NoReturn:
-    """Without waiting for the engine's threads."""
+    """Without waiting for the engine's threads. Its processes, which nobody else would end, are killed."""
     logger.warning("second %s: exiting at once", number.name)
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     os._exit(128 + number)

@@ -1,100 +1,46 @@
 """What every teacher answers, whichever engine computes it and whichever way it is asked.
 
-`TEACHERS` and `TRANSPORTS` are the two axes: a new engine is one more function that yields an address and a
-reference to compare with, a new transport one more function from questions to answers. The reference is
-computed in the test: the fake engine's formula, or a plain one-sequence transformers forward in fp32.
+The two axes are `teachers.TEACHERS` and `TRANSPORTS`: a new engine is one more function that yields an address and a
+reference to compare with, a new transport one more function from questions to answers. What an engine does not have
+it must refuse, naming what it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
+import grpc
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from fake_engine import FAKE_VOCAB_SIZE, FakeEngine, fake_logprobs_TV
-from fake_server import fake_teacher
-from teacher_process import RunningTeacher, start_teacher
+from teachers import CONTEXTS, TEACHERS, Teacher
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import Float32Array
 from vopd_proto.fingerprint import tokenizer_fingerprint
-from wire_client import Answer, Question, WireClient, connect, score_request, stream_settings
+from wire_client import (
+    JSON,
+    PROTOBUF,
+    Answer,
+    Question,
+    RefusedError,
+    WireClient,
+    checked_response,
+    score_request,
+    stream_settings,
+)
 
-TOLERANCE_NATS = 1e-4
-CONTEXTS = [[65, 66, 67, 68], [200], list(range(1, 120))]
-
-Reference = Callable[[Sequence[int], Sequence[int], float], Float32Array]
 Ask = Callable[..., Awaitable[list[Answer]]]
 
-
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher to ask, and what it should answer: reference(context, completion, temperature) is [T, V]."""
-
-    client: WireClient
-    reference: Reference
-    vocab_size: int
-
-    def expected_TV(self, question: Question, temperature: float = 1.0) -> Float32Array:
-        return self.reference(CONTEXTS[question.context], question.completion, temperature)
-
-
-# ---------------------------------------------------------------- the axes
-
-
-def fake_reference(context: Sequence[int], completion: Sequence[int], temperature: float) -> Float32Array:
-    return fake_logprobs_TV(np.asarray(context, np.int64), np.asarray(completion, np.int64), temperature=temperature)
-
-
-@cache
-def forward_logits_SV(model: torch.nn.Module, token_ids: tuple[int, ...]) -> torch.Tensor:
-    """Of one unpadded forward, once for all transports."""
-    with torch.inference_mode():
-        logits_SV: torch.Tensor = model(input_ids=torch.tensor([token_ids])).logits[0].float()
-    return logits_SV
-
-
-def forward_reference(
-    model: torch.nn.Module, context: Sequence[int], completion: Sequence[int], temperature: float
-) -> Float32Array:
-    """Row t from the logits at position C - 1 + t."""
-    logits_SV = forward_logits_SV(model, (*context, *completion))
-    rows = slice(len(context) - 1, len(context) - 1 + len(completion))
-    logprobs_TV: Float32Array = torch.log_softmax(logits_SV[rows] / temperature, dim=-1).numpy()
-    return logprobs_TV
-
-
-async def fake_engine_in_process(stack: AsyncExitStack, _request: pytest.FixtureRequest) -> Teacher:
-    running = await stack.enter_async_context(fake_teacher(FakeEngine()))
-    return Teacher(running.client, fake_reference, FAKE_VOCAB_SIZE)
-
-
-async def transformers_process(stack: AsyncExitStack, request: pytest.FixtureRequest) -> Teacher:
-    process: RunningTeacher = request.getfixturevalue("tiny_process")
-    model: torch.nn.Module = request.getfixturevalue("tiny_reference_model")
-    client = await stack.enter_async_context(connect(process.url))
-    return Teacher(client, partial(forward_reference, model), model.config.vocab_size)
-
-
-TEACHERS = [fake_engine_in_process, transformers_process]
-TRANSPORTS = {"Score": WireClient.score, "ScoreStream": WireClient.score_stream}
-
-
-@pytest.fixture(scope="module")
-def tiny_process(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
-    with start_teacher(tiny_model_dir, "--dtype", "float32", "--device", "cpu") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def tiny_reference_model(tiny_model_dir: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+TRANSPORTS = {
+    "Score": WireClient.score,
+    "ScoreStream": WireClient.score_stream,
+    "HTTP protobuf": WireClient.score_http_protobuf,
+    "HTTP JSON": WireClient.score_http_json,
+}
+CHUNK_BYTES = 2**20  # of a stream's answer
 
 
 @pytest.fixture(params=TEACHERS, ids=lambda make: make.__name__)
@@ -108,6 +54,22 @@ def ask(request: pytest.FixtureRequest, teacher: Teacher) -> Ask:
     return partial(TRANSPORTS[request.param], teacher.client)
 
 
+async def answers_or_refusal(teacher: Teacher, asking: Awaitable[list[Answer]], needs: str) -> list[Answer]:
+    """The answers; none from a teacher that does not have what is asked for and says so, naming what it has."""
+    if teacher.has(needs):
+        return await asking
+    with pytest.raises(RefusedError) as refused:
+        await asking
+    assert refused.value.refusal.code is grpc.StatusCode.FAILED_PRECONDITION
+    if needs == "temperature":
+        assert "scores at temperature 1 only" in refused.value.refusal.message
+    else:
+        assert refused.value.refusal.message.endswith(
+            f"no {needs} support; it has {', '.join(sorted(teacher.supports))}"
+        )
+    return []
+
+
 # ---------------------------------------------------------------- what is answered
 
 
@@ -115,17 +77,17 @@ def completion(length: int, seed: int = 0) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, 256, length)]
 
 
-def assert_sampled(answer: Answer, question: Question, expected_TV: Float32Array) -> None:
+def assert_sampled(teacher: Teacher, answer: Answer, question: Question, expected_TV: Float32Array) -> None:
     rows = np.arange(len(question.completion))
     np.testing.assert_allclose(
-        answer.sampled_T, expected_TV[rows, list(question.completion)], atol=TOLERANCE_NATS, rtol=0
+        answer.sampled_T, expected_TV[rows, list(question.completion)], atol=teacher.tolerance_nats, rtol=0
     )
 
 
 async def test_sampled_logprobs_are_those_of_a_plain_forward(teacher: Teacher, ask: Ask) -> None:
     question = Question(completion(50), name="q")
     (answer,) = await ask(CONTEXTS, [question])
-    assert_sampled(answer, question, teacher.expected_TV(question))
+    assert_sampled(teacher, answer, question, teacher.expected_TV(question))
     assert (answer.name, answer.support, answer.support_ids) == ("q", None, None)
     assert answer.float_types == {pb.FLOAT32}
 
@@ -133,7 +95,7 @@ async def test_sampled_logprobs_are_those_of_a_plain_forward(teacher: Teacher, a
 async def test_one_token_is_scored_from_the_last_context_row(teacher: Teacher, ask: Ask) -> None:
     questions = [Question([7], context=index) for index in range(len(CONTEXTS))]
     for question, answer in zip(questions, await ask(CONTEXTS, questions), strict=True):
-        assert_sampled(answer, question, teacher.expected_TV(question))
+        assert_sampled(teacher, answer, question, teacher.expected_TV(question))
 
 
 async def test_the_teachers_top_k_comes_most_likely_first(teacher: Teacher, ask: Ask) -> None:
@@ -143,53 +105,61 @@ async def test_the_teachers_top_k_comes_most_likely_first(teacher: Teacher, ask:
     assert answer.support is not None
     assert answer.support_ids is not None
     best_TK = -np.sort(-expected_TV, axis=1)[:, :9]
-    np.testing.assert_allclose(answer.support, best_TK, atol=TOLERANCE_NATS, rtol=0)
+    np.testing.assert_allclose(answer.support, best_TK, atol=teacher.tolerance_nats, rtol=0)
     at_ids_TK = np.take_along_axis(expected_TV, answer.support_ids, axis=1)
-    np.testing.assert_allclose(answer.support, at_ids_TK, atol=TOLERANCE_NATS, rtol=0)
+    np.testing.assert_allclose(answer.support, at_ids_TK, atol=teacher.tolerance_nats, rtol=0)
     assert all(len(set(row)) == 9 for row in answer.support_ids.tolist())
-    assert_sampled(answer, question, expected_TV)
+    assert_sampled(teacher, answer, question, expected_TV)
 
 
 async def test_the_whole_vocabulary_is_a_distribution(teacher: Teacher, ask: Ask) -> None:
     (answer,) = await ask(CONTEXTS, [Question(completion(4), k=teacher.vocab_size)])
     assert answer.support is not None
-    np.testing.assert_allclose(np.exp(answer.support.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.exp(answer.support.astype(np.float64)).sum(axis=1), 1, atol=teacher.tolerance_nats)
 
 
 async def test_ragged_candidates_are_scored_as_they_come(teacher: Teacher, ask: Ask) -> None:
     rows = [[5], [], [9, 9, 3, teacher.vocab_size - 1], [], [0, 1]]
     question = Question(completion(5), candidates=rows)
-    (answer,) = await ask(CONTEXTS, [question])
+    for answer in await answers_or_refusal(teacher, ask(CONTEXTS, [question]), "candidates"):
+        assert_ragged(teacher, answer, question, rows)
+
+
+def assert_ragged(teacher: Teacher, answer: Answer, question: Question, rows: list[list[int]]) -> None:
     expected_TV = teacher.expected_TV(question)
     expected = [expected_TV[t, candidate] for t, row in enumerate(rows) for candidate in row]
     assert answer.support is not None
-    np.testing.assert_allclose(answer.support, expected, atol=TOLERANCE_NATS, rtol=0)
+    np.testing.assert_allclose(answer.support, expected, atol=teacher.tolerance_nats, rtol=0)
     assert answer.support_ids is None, "candidates are not sent back"
-    assert_sampled(answer, question, expected_TV)
+    assert_sampled(teacher, answer, question, expected_TV)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.5])
 async def test_logits_are_divided_by_the_temperature(teacher: Teacher, ask: Ask, temperature: float) -> None:
     question = Question(completion(12), k=3)
-    (answer,) = await ask(CONTEXTS, [question], temperature=temperature)
+    asking = ask(CONTEXTS, [question], temperature=temperature)
     expected_TV = teacher.expected_TV(question, temperature)
-    assert_sampled(answer, question, expected_TV)
-    assert answer.support is not None
-    np.testing.assert_allclose(answer.support, -np.sort(-expected_TV, axis=1)[:, :3], atol=TOLERANCE_NATS, rtol=0)
+    for answer in await answers_or_refusal(teacher, asking, "temperature"):
+        assert_sampled(teacher, answer, question, expected_TV)
+        best_TK = -np.sort(-expected_TV, axis=1)[:, :3]
+        assert answer.support is not None
+        np.testing.assert_allclose(answer.support, best_TK, atol=teacher.tolerance_nats, rtol=0)
     assert np.abs(expected_TV - teacher.expected_TV(question)).max() > 0.1
 
 
 @pytest.mark.parametrize(("float_type", "relative"), [(pb.FLOAT16, 2**-11), (pb.BFLOAT16, 2**-8)])
+@pytest.mark.parametrize("transport", ["Score", "ScoreStream", "HTTP protobuf"])
 async def test_narrow_floats_round_the_answer_and_nothing_else(
-    teacher: Teacher, ask: Ask, float_type: int, relative: float
+    teacher: Teacher, transport: str, float_type: int, relative: float
 ) -> None:
-    question = Question(completion(30), candidates=[[1, 2]] * 30)
-    (answer,) = await ask(CONTEXTS, [question], float_type=float_type)
+    question = Question(completion(30), k=2)
+    (answer,) = await TRANSPORTS[transport](teacher.client, CONTEXTS, [question], float_type=float_type)
     expected_TV = teacher.expected_TV(question)
     expected = expected_TV[np.arange(30), list(question.completion)]
-    np.testing.assert_allclose(answer.sampled_T, expected, atol=TOLERANCE_NATS, rtol=relative)
+    np.testing.assert_allclose(answer.sampled_T, expected, atol=teacher.tolerance_nats, rtol=relative)
+    best_TK = -np.sort(-expected_TV, axis=1)[:, :2]
     assert answer.support is not None
-    np.testing.assert_allclose(answer.support, expected_TV[:, [1, 2]].reshape(-1), atol=TOLERANCE_NATS, rtol=relative)
+    np.testing.assert_allclose(answer.support, best_TK, atol=teacher.tolerance_nats, rtol=relative)
     assert answer.float_types == {float_type}
 
 
@@ -197,69 +167,101 @@ async def test_a_context_shared_by_several_completions_gives_each_its_own_scores
     questions = [Question(completion(length, seed=length), context=2) for length in (3, 17, 1, 40, 17)]
     questions += [Question(completion(9), context=0), Question(completion(9), context=2)]
     for question, answer in zip(questions, await ask(CONTEXTS, questions), strict=True):
-        assert_sampled(answer, question, teacher.expected_TV(question))
+        assert_sampled(teacher, answer, question, teacher.expected_TV(question))
 
 
 async def test_an_empty_completion_has_an_empty_answer(teacher: Teacher, ask: Ask) -> None:
-    questions = [Question([]), Question([], k=4), Question([], candidates=[]), Question([3])]
-    sampled, top_k, candidates, other = await ask(CONTEXTS, questions)
-    assert [len(answer.sampled_T) for answer in (sampled, top_k, candidates)] == [0, 0, 0]
+    questions = [Question([]), Question([], k=4), Question([3])]
+    sampled, top_k, other = await ask(CONTEXTS, questions)
+    assert (len(sampled.sampled_T), sampled.support) == (0, None)
     assert top_k.support is not None
-    assert top_k.support.shape == (0, 4)
-    assert candidates.support is not None
-    assert candidates.support.shape == (0,)
-    assert_sampled(other, questions[3], teacher.expected_TV(questions[3]))
+    assert top_k.support_ids is not None
+    assert (len(top_k.sampled_T), len(top_k.support), len(top_k.support_ids)) == (0, 0, 0)
+    assert_sampled(teacher, other, questions[2], teacher.expected_TV(questions[2]))
+    empty = Question([], candidates=[])
+    for candidates in await answers_or_refusal(teacher, ask(CONTEXTS, [empty]), "candidates"):
+        assert candidates.support is not None
+        assert candidates.support.shape == candidates.sampled_T.shape == (0,)
 
 
 async def test_supports_of_all_kinds_mix_in_one_request(teacher: Teacher, ask: Ask) -> None:
+    candidates = [[4], [5], [6], [7], [8], [9]] if teacher.has("candidates") else None
     questions = [
         Question(completion(6, seed=1), name="same"),
         Question(completion(6, seed=2), k=2, name="same"),
-        Question(completion(6, seed=3), candidates=[[4], [5], [6], [7], [8], [9]], context=1, name="same"),
+        Question(completion(6, seed=3), candidates=candidates, context=1, name="same"),
     ]
     answers = await ask(CONTEXTS, questions)
     for question, answer in zip(questions, answers, strict=True):
-        assert_sampled(answer, question, teacher.expected_TV(question))
+        assert_sampled(teacher, answer, question, teacher.expected_TV(question))
         assert answer.name == "same", "an id need not be unique"
-    assert [None if answer.support is None else answer.support.size for answer in answers] == [None, 12, 6]
+    assert [None if answer.support is None else answer.support.size for answer in answers] == [
+        None,
+        12,
+        6 if candidates else None,
+    ]
 
 
 async def test_sixteen_thousand_tokens_with_a_hundred_dense_candidates_pass(teacher: Teacher, ask: Ask) -> None:
-    length = 16_384
-    candidates = [[(7 * t + j) % 256 for j in range(100)] for t in range(length)]
-    question = Question(completion(length), candidates=candidates)
+    """Or as many tokens as the teacher takes; its own top-k where it has no candidates."""
+    length = min(16_384, teacher.max_context_length - len(CONTEXTS[0]))
+    ids = [[(7 * t + j) % 256 for j in range(100)] for t in range(length)]
+    candidates = ids if teacher.has("candidates") else None
+    question = Question(completion(length), candidates=candidates, k=None if candidates else 100)
     (answer,) = await ask(CONTEXTS, [question])
     expected_TV = teacher.expected_TV(question)
-    assert_sampled(answer, question, expected_TV)
+    assert_sampled(teacher, answer, question, expected_TV)
+    expected_TK = np.take_along_axis(expected_TV, np.asarray(ids), axis=1) if candidates else -np.sort(-expected_TV)
     assert answer.support is not None
-    expected = np.take_along_axis(expected_TV, np.asarray(candidates), axis=1).reshape(-1)
-    np.testing.assert_allclose(answer.support, expected, atol=TOLERANCE_NATS, rtol=0)
+    expected = expected_TK[:, :100].reshape(-1)
+    np.testing.assert_allclose(answer.support.reshape(-1), expected, atol=teacher.tolerance_nats, rtol=0)
 
 
-async def test_messages_far_over_the_default_limit_of_grpc_pass_both_ways(teacher: Teacher) -> None:
-    length = 4096
-    request = score_request(CONTEXTS, [Question([1] * length, candidates=[[1] * 400] * length)])
-    wide = np.ones(length * 400, "<u4").tobytes()
-    request.sequences[0].candidates.ids.CopyFrom(pb.UIntArray(bytes_per_item=4, data=wide))
-    assert request.ByteSize() > 6 * 2**20
-    response = await teacher.client.send_score(request)
-    assert response.ByteSize() > 6 * 2**20
+@pytest.mark.parametrize("send", [WireClient.send_score, WireClient.post_score])
+async def test_messages_far_over_the_default_limit_of_grpc_pass_both_ways(
+    teacher: Teacher, send: Callable[..., Awaitable[pb.ScoreResponse]]
+) -> None:
+    """4 MiB is that limit. Several completions where one cannot be so long; of top-k the answer alone is large."""
+    length = min(4096, teacher.max_context_length - len(CONTEXTS[0]))
+    has_candidates = teacher.has("candidates")
+    width = 400 if has_candidates else 1000
+    question = Question(
+        [1] * length,
+        candidates=[[1] * width] * length if has_candidates else None,
+        k=None if has_candidates else width,
+    )
+    num_ids = 7 * 2**18 if has_candidates else 3 * 2**18  # of 4 bytes each way; ids and scores of 4 bytes one way
+    request = score_request(CONTEXTS, [question] * math.ceil(num_ids / (length * width)))
+    for sequence in request.sequences if has_candidates else ():
+        wide = np.ones(length * width, "<u4").tobytes()
+        sequence.candidates.ids.CopyFrom(pb.UIntArray(bytes_per_item=4, data=wide))
+    assert request.ByteSize() > 6 * 2**20 or not has_candidates
+    assert (await send(teacher.client, request)).ByteSize() > 6 * 2**20
 
 
 async def test_a_large_answer_of_a_stream_comes_in_chunks_of_a_megabyte(teacher: Teacher) -> None:
-    (answer,) = await teacher.client.score_stream(CONTEXTS, [Question([1] * 4096, candidates=[[1] * 200] * 4096)])
-    assert answer.num_chunks == 4  # 4096 x 201 x 4 bytes in chunks of at most 2**20
+    length = min(4096, teacher.max_context_length - len(CONTEXTS[0]))
+    candidates = [[1] * 200] * length if teacher.has("candidates") else None
+    question = Question([1] * length, candidates=candidates, k=None if candidates else 200)
+    (answer,) = await teacher.client.score_stream(CONTEXTS, [question])
+    row_bytes = 4 * 201 if candidates else 4 * 201 + 4 * 200
+    assert answer.num_chunks == math.ceil(length / (CHUNK_BYTES // row_bytes))
+    assert len(answer.sampled_T) == length
 
 
-async def test_both_ways_to_ask_name_the_revision_of_the_weights(teacher: Teacher) -> None:
+async def test_every_way_to_ask_names_the_revision_of_the_weights(teacher: Teacher) -> None:
     info = await teacher.client.info()
-    response = await teacher.client.send_score(score_request(CONTEXTS, [Question([1])]))
+    request = score_request(CONTEXTS, [Question([1])])
+    response = await teacher.client.send_score(request)
+    posted = await teacher.client.post_score(request)
     stream = teacher.client.stream()
     await stream.write(stream_settings())
     opened = (await stream.read()).opened
     await stream.done_writing()
-    assert info.model_revision == response.model_revision == opened.model_revision != ""
-    assert response.request_id != opened.request_id != ""
+    revisions = {info.model_revision, response.model_revision, posted.model_revision, opened.model_revision}
+    assert len(revisions) == 1
+    assert "" not in revisions
+    assert len({response.request_id, posted.request_id, opened.request_id, ""}) == 4
 
 
 async def test_the_tokenizer_is_told_as_the_handshake_needs_it(teacher: Teacher) -> None:
@@ -271,3 +273,20 @@ async def test_the_tokenizer_is_told_as_the_handshake_needs_it(teacher: Teacher)
     assert info.chat_template
     assert info.supports.sampled
     assert info.limits.max_message_bytes == 64 * 2**20
+
+
+async def test_http_tells_of_the_teacher_what_grpc_does(teacher: Teacher) -> None:
+    info = await teacher.client.info()
+    table = await teacher.client.unary("GetTokenizer", pb.GetTokenizerRequest(), pb.GetTokenizerResponse)
+    http = teacher.client.http
+    for path, message in (("/v1/info", info), ("/v1/tokenizer", table)):
+        packed = checked_response(await http.get(path, headers={"Accept": PROTOBUF}), PROTOBUF)
+        assert type(message).FromString(packed.content) == message
+    told = checked_response(await http.get("/v1/info", headers={"Accept": f"text/html, {JSON};q=0.9"})).json()
+    assert set(told) == {descriptor.name for descriptor in pb.GetInfoResponse.DESCRIPTOR.fields}
+    assert (told["model_revision"], told["vocab_size"]) == (info.model_revision, info.vocab_size)
+    assert set(told["supports"]) == teacher.supports
+    assert told["limits"]["max_message_bytes"] == info.limits.max_message_bytes
+    assert told["tokenizer"]["end_ids"] == list(info.tokenizer.end_ids)
+    tokens = checked_response(await http.get("/v1/tokenizer")).json()["tokens"]
+    assert tokens == [token.decode("utf-8", "replace") for token in table.tokens]

@@ -1,7 +1,8 @@
 """Bad input gets a clear error, nothing is lost, and the next request is answered normally.
 
-Every test runs against the real server on a real socket, both ways to ask where both exist, and ends with a
-normal request on the same server (and the same connection) and with an empty budget.
+Every test runs against the real server on a real socket, every way to ask where it exists, and ends with a normal
+request on the same server (and the same connection) and with an empty budget. What only HTTP can get wrong is in
+test_http_api.py.
 """
 
 from __future__ import annotations
@@ -49,9 +50,18 @@ async def teacher() -> AsyncIterator[FakeTeacher]:
         assert engine.num_running == 0
 
 
+WAYS: list[Any] = [
+    WireClient.score,
+    WireClient.score_stream,
+    WireClient.score_http_protobuf,
+    WireClient.score_http_json,
+]
+SENDS: list[Any] = [WireClient.send_score, WireClient.post_score]  # a whole ScoreRequest, in gRPC and in HTTP
+
+
 async def assert_answers(client: WireClient) -> None:
-    for way in (client.score, client.score_stream):
-        (answer,) = await way(CONTEXTS, [GOOD])
+    for way in WAYS:
+        (answer,) = await way(client, CONTEXTS, [GOOD])
         assert_good(answer)
 
 
@@ -147,13 +157,14 @@ WRONG_SEQUENCES: list[Any] = [
 BAD_CONTEXTS: list[Sequence[int]] = [*CONTEXTS, [1, 999], []]
 
 
+@pytest.mark.parametrize("send", SENDS)
 @pytest.mark.parametrize(("question", "edit", "field", "words"), WRONG_SEQUENCES)
 async def test_score_refuses_all_of_a_request_with_one_wrong_sequence(
-    teacher: FakeTeacher, question: Question, edit: Callable[[pb.Sequence], None], field: str, words: str
+    teacher: FakeTeacher, send: Any, question: Question, edit: Callable[[pb.Sequence], None], field: str, words: str
 ) -> None:
     request = score_request(BAD_CONTEXTS, [GOOD, question])
     edit(request.sequences[1])
-    refusal = await refused(teacher.client.send_score(request))
+    refusal = await refused(send(teacher.client, request))
     assert (refusal.code, refusal.field) == (INVALID, full_field("sequences[1]", field))
     assert words in refusal.message
     assert teacher.engine.requests == []
@@ -183,7 +194,7 @@ def full_field(sequence: str, field: str) -> str:
     return f"{sequence}.{field}" if field else sequence
 
 
-@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_stream])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "odd",
     [
@@ -205,7 +216,7 @@ async def test_what_is_odd_but_valid_is_answered(teacher: FakeTeacher, way: Any,
 # ---------------------------------------------------------------- a wrong request
 
 
-@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_stream])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), 0.0, -1.0])
 async def test_what_is_no_temperature_is_refused(teacher: FakeTeacher, way: Any, temperature: float) -> None:
     refusal = await refused(way(teacher.client, CONTEXTS, [GOOD], temperature=temperature))
@@ -213,12 +224,13 @@ async def test_what_is_no_temperature_is_refused(teacher: FakeTeacher, way: Any,
     assert f"{temperature}" in refusal.message
 
 
-@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_stream])
+@pytest.mark.parametrize("way", WAYS[:3])
 async def test_an_unknown_float_type_is_refused(teacher: FakeTeacher, way: Any) -> None:
     refusal = await refused(way(teacher.client, CONTEXTS, [GOOD], float_type=9))
     assert (refusal.code, refusal.field) == (INVALID, "float_type")
 
 
+@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_http_protobuf, WireClient.score_http_json])
 @pytest.mark.parametrize(
     ("questions", "words"),
     [
@@ -228,14 +240,14 @@ async def test_an_unknown_float_type_is_refused(teacher: FakeTeacher, way: Any) 
     ],
 )
 async def test_a_request_that_is_empty_or_too_large_is_refused(
-    teacher: FakeTeacher, questions: list[Question], words: str
+    teacher: FakeTeacher, way: Any, questions: list[Question], words: str
 ) -> None:
-    refusal = await refused(teacher.client.score(CONTEXTS, questions))
+    refusal = await refused(way(teacher.client, CONTEXTS, questions))
     assert (refusal.code, refusal.field) == (INVALID, "sequences")
     assert words in refusal.message
 
 
-@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_stream])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("question", "temperature", "words"),
     [
@@ -254,10 +266,11 @@ async def test_what_the_engine_cannot_do_is_refused_by_naming_what_it_can(
         await assert_answers(teacher.client)
 
 
-async def test_hidden_states_and_the_head_are_refused_in_words(teacher: FakeTeacher) -> None:
+@pytest.mark.parametrize("send", SENDS)
+async def test_hidden_states_and_the_head_are_refused_in_words(teacher: FakeTeacher, send: Any) -> None:
     request = score_request(CONTEXTS, [GOOD])
     request.sequences[0].hidden_states.SetInParent()
-    refusal = await refused(teacher.client.send_score(request))
+    refusal = await refused(send(teacher.client, request))
     assert refusal.code is grpc.StatusCode.FAILED_PRECONDITION
     assert "no hidden_states support; it has candidates, sampled, teacher_top_k" in refusal.message
     call = teacher.client.channel.unary_stream("/vopd.teacher.v1.Teacher/GetHead")(b"")
@@ -284,6 +297,7 @@ async def test_random_bytes_are_refused_by_every_method(teacher: FakeTeacher) ->
         with pytest.raises(aio.AioRpcError) as failed:
             await teacher.client.unary(method, garbage, pb.ScoreResponse)
         assert failed.value.code() is INVALID
+        assert (await refused(teacher.client.post_score(garbage))).code is INVALID
         refusal = await refused(teacher.client.send_stream([stream_settings(), garbage]))
         assert refusal.code is INVALID
 
@@ -360,12 +374,12 @@ async def test_a_client_that_sends_half_a_stream_and_leaves_is_forgotten(teacher
     await until(lambda: teacher.server.service.is_idle)
 
 
-@pytest.mark.parametrize("streams", [False, True], ids=["Score", "ScoreStream"])
+@pytest.mark.parametrize("transport", ["Score", "ScoreStream", "HTTP"])
 async def test_a_deadline_that_passes_cancels_the_engine_and_gives_the_budget_back(
-    teacher: FakeTeacher, streams: bool
+    teacher: FakeTeacher, transport: str
 ) -> None:
     teacher.engine.hold()
-    if streams:
+    if transport == "ScoreStream":
         stream = teacher.client.stream(timeout_s=0.3)
         for message in (stream_settings(), stream_context(0, CONTEXTS[0]), stream_sequence(GOOD, CONTEXTS)):
             await stream.write(message)
@@ -374,7 +388,8 @@ async def test_a_deadline_that_passes_cancels_the_engine_and_gives_the_budget_ba
             await stream.read()
         code = failed.value.code()
     else:
-        refusal = await refused(teacher.client.send_score(score_request(CONTEXTS, [GOOD]), timeout_s=0.3))
+        send = teacher.client.post_score if transport == "HTTP" else teacher.client.send_score
+        refusal = await refused(send(score_request(CONTEXTS, [GOOD]), timeout_s=0.3))
         code = refusal.code
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: teacher.engine.num_cancelled == 1 and teacher.reserved_tokens == 0)
@@ -386,10 +401,11 @@ async def test_over_the_queue_bound_a_call_is_refused_with_a_delay_and_a_stream_
     full = score_request(CONTEXTS, [Question([1] * 61)] * 2)
     running = [asyncio.ensure_future(teacher.client.send_score(full)) for _ in range(2)]
     await until(lambda: teacher.reserved_tokens == 256)
-    refusal = await refused(teacher.client.send_score(score_request(CONTEXTS, [GOOD])))
-    assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "queue_tokens 256" in refusal.message
-    assert refusal.retry_delay_s == 1.0, "no rate is known yet"
+    for send in SENDS:
+        refusal = await refused(send(teacher.client, score_request(CONTEXTS, [GOOD])))
+        assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "queue_tokens 256" in refusal.message
+        assert refusal.retry_delay_s == 1.0, "no rate is known yet"
     held = asyncio.ensure_future(teacher.client.score_stream(CONTEXTS, [GOOD]))
     await until(lambda: teacher.num_waiting == 1)
     teacher.engine.let_go()
@@ -425,7 +441,7 @@ async def test_sequences_of_one_stream_may_share_a_name(teacher: FakeTeacher) ->
 # ---------------------------------------------------------------- an engine that fails
 
 
-@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_stream])
+@pytest.mark.parametrize("way", WAYS)
 async def test_an_engine_that_breaks_is_an_internal_error_without_a_traceback(teacher: FakeTeacher, way: Any) -> None:
     teacher.engine.fail(lambda _: ZeroDivisionError("secret detail in /some/file.py"))
     refusal = await refused(way(teacher.client, CONTEXTS, [GOOD]))
@@ -435,8 +451,9 @@ async def test_an_engine_that_breaks_is_an_internal_error_without_a_traceback(te
     assert not {"secret", "Traceback", ".py"} & set(refusal.message.replace("/", " ").split())
 
 
+@pytest.mark.parametrize("send", SENDS)
 async def test_a_bug_of_the_server_is_an_internal_error_with_the_request_id(
-    teacher: FakeTeacher, monkeypatch: pytest.MonkeyPatch
+    teacher: FakeTeacher, send: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> list[Answer]:
         raise RuntimeError("secret detail")
@@ -445,7 +462,7 @@ async def test_a_bug_of_the_server_is_an_internal_error_with_the_request_id(
         patched.setattr(teacher.server.service, "score_batch", broken)
         request = score_request(CONTEXTS, [GOOD])
         request.request_id = "find-me"
-        refusal = await refused(teacher.client.send_score(request))
+        refusal = await refused(send(teacher.client, request))
     assert refusal.code is grpc.StatusCode.INTERNAL
     assert refusal.request_id == "find-me"
     assert "find-me" in refusal.message

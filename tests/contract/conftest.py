@@ -1,0 +1,74 @@
+"""The server processes that the contract suites share, and the models that they are compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import REPOSITORY
+from teacher_process import RunningTeacher, start_teacher
+from tiny_model import write_tiny_model
+
+
+def float32_model(model_dir: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_process(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
+    with start_teacher(tiny_model_dir, "--engine", "transformers", "--dtype", "float32", "--device", "cpu") as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tiny_reference_model(tiny_model_dir: Path) -> torch.nn.Module:
+    return float32_model(tiny_model_dir)
+
+
+# ---------------------------------------------------------------- with vLLM
+
+
+@pytest.fixture(scope="session")
+def vllm_process(demo_model_dir: Path) -> Iterator[RunningTeacher]:
+    """A real language model; `auto` finds vLLM. Compiled kernels cost minutes here and change no number."""
+    flags = ["--dtype", "float32", "--max-context-length", "1024", "--max-top-k", "49152"]
+    engine_args = json.dumps({"enforce_eager": True, "max_num_batched_tokens": 512})
+    with start_teacher(demo_model_dir, *flags, "--engine-args", engine_args, env=VLLM_ENVIRONMENT) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def vllm_reference_model(demo_model_dir: Path) -> torch.nn.Module:
+    return float32_model(demo_model_dir)
+
+
+@pytest.fixture(scope="session")
+def vllm_v2_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the smallest that vLLM's CPU attention has."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-for-vllm", hidden_size=128, max_length=256)
+
+
+@pytest.fixture(scope="session")
+def vllm_v2_process(vllm_v2_model_dir: Path) -> Iterator[RunningTeacher]:
+    environment = {
+        **VLLM_ENVIRONMENT,
+        "PYTHONPATH": str(REPOSITORY / "tests" / "with_vllm" / "triton_cpu_stub"),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+    flags = ["--dtype", "float32", "--engine", "vllm", "--engine-args", json.dumps({"enforce_eager": True})]
+    with start_teacher(vllm_v2_model_dir, *flags, env=environment) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def vllm_v2_reference_model(vllm_v2_model_dir: Path) -> torch.nn.Module:
+    return float32_model(vllm_v2_model_dir)
+
+
+VLLM_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
