@@ -19,7 +19,6 @@ ANNOUNCED = re.compile(
     r"ready at (?P<grpc>grpcs?://\S+?:(?P<port>\d+))"
     r"(, (?P<http>https?://\S+?:\d+))?( \(admin (?P<admin>http://\S+?:\d+)\))?: "
 )
-FREE_PORTS = ("--http-port", "0", "--admin-port", "0")
 
 
 class RunningTeacher:
@@ -105,6 +104,7 @@ def start_teacher(
     model_dir: Path | str,
     *flags: str,
     port: int = 0,
+    http_port: int = 0,
     env: dict[str, str] | None = None,
     timeout_s: float = START_TIMEOUT_S,
 ) -> RunningTeacher:
@@ -112,7 +112,8 @@ def start_teacher(
 
     Raises: RuntimeError, with the teacher's log, when it does not get ready.
     """
-    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), "--port", str(port), *FREE_PORTS, *flags]
+    ports = ["--port", str(port), "--http-port", str(http_port), "--admin-port", "0"]
+    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), *ports, *flags]
     teacher = spawn(command, env)
     try:
         teacher.wait_until_ready(timeout_s)

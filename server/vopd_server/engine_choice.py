@@ -13,7 +13,10 @@ from vopd_server.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def choose_engine(config: ServerConfig) -> Literal["transformers", "vllm"]:
+EngineName = Literal["transformers", "vllm"]
+
+
+def choose_engine(config: ServerConfig) -> EngineName:
     """The engine that `config` names; for auto vLLM where it is installed and can do what is asked for.
 
     Raises: ConfigError when there are arguments for vLLM and no vLLM.
@@ -31,12 +34,25 @@ def choose_engine(config: ServerConfig) -> Literal["transformers", "vllm"]:
     return "vllm"
 
 
+def check_installed(engine: EngineName) -> None:
+    """Raises: ConfigError naming the package that `engine` lacks here."""
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engine vllm needs the package vllm, in an environment of its own; on a CPU see deploy/vllm-env.sh"
+        )
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"engine {engine} needs the package {package}: pip install 'vopd[server]'")
+
+
 def make_engine(config: ServerConfig) -> Engine:
     """The engine that `config` asks for, not yet started.
 
     Raises: ConfigError when what it needs is not installed.
     """
-    match choose_engine(config):
+    engine = choose_engine(config)
+    check_installed(engine)
+    match engine:
         case "transformers":
             return _transformers_engine(config)
         case "vllm":
@@ -44,17 +60,17 @@ def make_engine(config: ServerConfig) -> Engine:
 
 
 def _transformers_engine(config: ServerConfig) -> Engine:
-    try:
-        from vopd_server.engines.transformers import TransformersEngine
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"engine transformers needs the package {error.name}: pip install 'vopd[server]'") from error
+    from vopd_server.engines.transformers import TransformersEngine
+
     return TransformersEngine(
         model=config.model,
         revision=config.revision,
         dtype=config.dtype,
         device=config.device,
         max_context_length=config.max_context_length,
+        max_request_tokens=config.max_tokens_per_request,
         max_batch_tokens=config.max_batch_tokens,
+        max_top_k=config.max_top_k,
         deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
     )
@@ -68,6 +84,7 @@ def _vllm_engine(config: ServerConfig) -> Engine:
         revision=config.revision,
         dtype=config.dtype,
         max_context_length=config.max_context_length,
+        max_request_tokens=config.max_tokens_per_request,
         max_top_k=config.max_top_k,
         engine_args=config.engine_args,
         trust_remote_code=config.trust_remote_code,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vopd_server.calls import SERVER_VERSION
+from vopd_server.check import check
 from vopd_server.config import ServerConfig
 from vopd_server.engine_choice import make_engine
 from vopd_server.errors import TeacherError
@@ -37,15 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_serve(flags: Sequence[str]) -> int:
     """Serves one model until a signal. Raises: SettingsError, ConfigError, and what the engine raises."""
-    config = load_settings(
-        ServerConfig,
-        flags,
-        prog="vopd-server serve",
-        env_prefix=ENV_PREFIX,
-        description="Serves one teacher model over gRPC and HTTP until SIGTERM or SIGINT.",
-    )
+    config = _settings("serve", flags, "Serves one teacher model over gRPC and HTTP until SIGTERM or SIGINT.")
     configure_logging(config.log_level, config.log_format)
     return asyncio.run(serve(config, make_engine(config), announce=_print_line))
+
+
+def run_check(flags: Sequence[str]) -> int:
+    """Says what `serve` would do with the same settings. Raises: SettingsError."""
+    config = _settings("check", flags, "Checks what `serve` would be started with, without loading the model.")
+    configure_logging("error", config.log_format)  # what would be warned of is in the summary
+    report = check(config)
+    for problem in report.problems:
+        sys.stderr.write(f"vopd-server: {problem}\n")
+    if report.problems:
+        return USAGE_ERROR
+    _print_line(report.summary())
+    return 0
+
+
+def _settings(command: str, flags: Sequence[str], description: str) -> ServerConfig:
+    return load_settings(
+        ServerConfig, flags, prog=f"vopd-server {command}", env_prefix=ENV_PREFIX, description=description
+    )
 
 
 def _print_line(line: str) -> None:
@@ -55,6 +69,7 @@ def _print_line(line: str) -> None:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "serve": ("score students' completions over gRPC and HTTP", run_serve),
+    "check": ("tell whether serve would start with the same settings", run_check),
 }
 
 

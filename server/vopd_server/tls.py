@@ -25,7 +25,8 @@ def check_tls_files(files: TlsFiles) -> None:
         except OSError as error:
             raise ConfigError(f"{name} {path}: {error.strerror}") from error
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.cert, files.key)
+        # Without a password given, OpenSSL would ask for the one of an encrypted key on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.cert, files.key, password="")
     except ssl.SSLError as error:
         what = "the key is not the certificate's" if error.reason == "KEY_VALUES_MISMATCH" else "not PEM, or damaged"
         raise ConfigError(f"tls_cert_file {files.cert}, tls_key_file {files.key}: {what} ({error.reason})") from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,11 +67,27 @@ def vllm_v2_process(vllm_v2_model_dir: Path) -> Iterator[RunningTeacher]:
     flags = ["--dtype", "float32", "--engine", "vllm", "--engine-args", json.dumps({"enforce_eager": True})]
     with start_teacher(vllm_v2_model_dir, *flags, env=environment) as process:
         yield process
+        assert_nothing_outlives(process)
 
 
 @pytest.fixture(scope="session")
 def vllm_v2_reference_model(vllm_v2_model_dir: Path) -> torch.nn.Module:
     return float32_model(vllm_v2_model_dir)
+
+
+def assert_nothing_outlives(teacher: RunningTeacher) -> None:
+    """vLLM's processes, which hold the model and the device, end with a server that was killed."""
+    import psutil  # comes with vLLM
+
+    from vopd_server.engines.vllm_processes import is_alive
+
+    children = psutil.Process(teacher.pid).children(recursive=True)
+    assert len(children) >= 2, "EngineCore and its worker"
+    os.kill(teacher.pid, signal.SIGKILL)  # the server alone, not its process group
+    give_up_s = time.monotonic() + 30
+    while any(map(is_alive, children)):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
 
 
 VLLM_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB

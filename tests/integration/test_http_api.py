@@ -273,6 +273,26 @@ async def test_one_connection_serves_many_requests(teacher: FakeTeacher) -> None
     writer.close()
 
 
+async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(
+    teacher: FakeTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [271, 272]
+    body = {
+        "contexts": [ids],
+        "sequences": [{"completion_ids": ids, "candidates": [ids, ids]}],
+        "request_id": "find-me",
+    }
+    with caplog.at_level("DEBUG"):
+        checked_response(await post(teacher, json.dumps(body)))
+        await refused(await post(teacher, json.dumps(body | {"sequences": [{"completion_ids": [27100]}]})))
+    answered, wrong = (vars(record) for record in caplog.records if record.getMessage() == "Score")
+    assert (answered["transport"], answered["request_id"], answered["code"]) == ("http", "find-me", "OK")
+    assert (answered["num_sequences"], answered["num_tokens"]) == (1, 4)
+    assert (wrong["request_id"], wrong["code"]) == ("find-me", "INVALID_ARGUMENT")
+    told = [value for record in caplog.records for value in vars(record).values() if isinstance(value, str)]
+    assert not any("271" in value for value in told)
+
+
 # ---------------------------------------------------------------- paths
 
 

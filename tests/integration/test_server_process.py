@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import httpx2
+import psutil
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,7 +25,7 @@ from fake_server import fake_teacher
 from teacher_process import RunningTeacher, spawn, start_teacher
 from vopd_server.config import ServerConfig
 from vopd_server.errors import ConfigError
-from vopd_server.lifecycle import HEALTH_NAMES, TeacherServer
+from vopd_server.lifecycle import ENGINE_DEAD, HEALTH_NAMES, TeacherServer
 from vopd_server.main import main
 from wire_client import Question, RefusedError, WireClient, connect, score_request, stream_settings
 
@@ -42,7 +44,7 @@ async def health(client: WireClient) -> set[int]:
 
 @pytest.fixture
 def held_teacher(request: pytest.FixtureRequest) -> Iterator[RunningTeacher]:
-    """Its requests wait in the engine until SIGUSR1; flags come from an indirect parameter."""
+    """Its requests wait in the engine until SIGUSR1, and it dies at SIGUSR2; flags come from an indirect parameter."""
     with spawn([HELD_TEACHER, *getattr(request, "param", ())]) as teacher:
         teacher.wait_until_ready()
         yield teacher
@@ -53,6 +55,14 @@ async def in_flight(client: WireClient, teacher: RunningTeacher) -> asyncio.Futu
     asking = asyncio.ensure_future(client.score(CONTEXTS, [QUESTION]))
     await until(lambda: "in the engine" in teacher.log())
     return asking
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also when nobody has looked at its exit code yet: an orphan's zombie."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 # ---------------------------------------------------------------- it starts
@@ -213,7 +223,9 @@ async def test_what_does_not_finish_within_the_drain_time_is_cut_off(held_teache
     assert "drain_timeout_s 0.2 is over" in held_teacher.log()
 
 
-async def test_a_second_signal_exits_at_once(held_teacher: RunningTeacher) -> None:
+@pytest.mark.parametrize("held_teacher", [["child"]], indirect=True)
+async def test_a_second_signal_exits_at_once_and_so_do_the_engines_processes(held_teacher: RunningTeacher) -> None:
+    started = psutil.Process(held_teacher.pid).children()
     async with connect(held_teacher.url) as client:
         asking = await in_flight(client, held_teacher)
         held_teacher.send_signal(signal.SIGTERM)
@@ -223,6 +235,40 @@ async def test_a_second_signal_exits_at_once(held_teacher: RunningTeacher) -> No
         with pytest.raises(RefusedError) as lost:
             await asking
         assert lost.value.refusal.code is grpc.StatusCode.UNAVAILABLE
+    assert len(started) == 2  # the engine's process, and multiprocessing's own, which ends when this one has
+    await until(lambda: all(has_ended(process) for process in started))
+
+
+async def test_an_engine_that_dies_fails_what_it_was_asked_and_ends_the_process(held_teacher: RunningTeacher) -> None:
+    async with connect(held_teacher.url) as client:
+        watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        asking = await in_flight(client, held_teacher)
+        held_teacher.send_signal(signal.SIGUSR2)
+        assert (await watch.read()).status == NOT_SERVING
+        with pytest.raises(RefusedError) as lost:
+            await asking
+        assert lost.value.refusal.code is grpc.StatusCode.UNAVAILABLE
+        assert "killed by its test" in lost.value.refusal.message
+        assert lost.value.refusal.retry_delay_s is not None
+    assert held_teacher.wait() == ENGINE_DEAD
+    assert "the engine cannot go on, and so this process ends: killed by its test" in held_teacher.log()
+
+
+async def test_readiness_is_false_from_the_death_of_the_engine_on() -> None:
+    async with fake_teacher(admin_port=0) as teacher:
+        dying = asyncio.create_task(teacher.server.wait_until_dead())
+        assert (await teacher.client.http.get("/readyz")).status_code == 200
+        teacher.engine.die("killed by its test")
+        assert str(await dying) == "killed by its test"
+        assert await health(teacher.client) == {NOT_SERVING}
+        ready = await teacher.client.http.get("/readyz")
+        assert (ready.status_code, ready.text) == (503, "dead\n")
+        async with httpx2.AsyncClient() as admin:
+            assert (await admin.get(teacher.server.admin_url + "/readyz")).status_code == 503
+        with pytest.raises(RefusedError) as refused:
+            await teacher.client.score(CONTEXTS, [QUESTION])
+        assert refused.value.refusal.code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_sigterm_while_the_model_loads_ends_the_process() -> None:

@@ -29,3 +29,5 @@ def test_the_teachers_settings_parse_and_leave_systemd_time_to_drain() -> None:
     unit.read(DEPLOY / "vopd-teacher.service")
     assert "vopd-server serve --config" in unit["Service"]["ExecStart"]
     assert float(unit["Service"]["TimeoutStopSec"]) > config.drain_timeout_s
+    # By default systemd sends SIGTERM to vLLM's processes as well, and they abort what is to be finished.
+    assert unit["Service"]["KillMode"] == "mixed"

@@ -193,11 +193,6 @@ class TestWhatItTells:
         scores = await engine.score(request(CONTEXT, [1]))
         assert (scores.queue_time_s, scores.engine_time_s) == (2.0, 0.5)
 
-    async def test_vllm_missing_is_told_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match="needs the package vllm"):
-            VllmEngine(model="fake")
-
 
 class TestRequests:
     async def test_requests_with_one_id_are_answered_each_on_its_own(self, start: Start) -> None:

@@ -124,8 +124,14 @@ def _block_offsets(size_bytes: int) -> Iterable[int]:
     return range(0, size_bytes, stride)
 
 
+def own_length(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model's (text) config states; None: it states none."""
+    lengths = (getattr(config, name, None) for name in _LENGTH_ATTRIBUTES)
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
 def _bounded_length(asked_for: int | None, config: Any) -> int:
-    own = next((length for name in _LENGTH_ATTRIBUTES if isinstance(length := getattr(config, name, None), int)), None)
+    own = own_length(config)
     if own is None and asked_for is None:
         raise ConfigError(f"the {config.model_type} config states no maximum length: set max_context_length")
     if own is None or asked_for is None:

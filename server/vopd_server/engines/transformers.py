@@ -22,6 +22,7 @@ from vopd_server.engines.batching import Shape, plan_next_pass
 from vopd_server.engines.forward import ContextStates, Forwarded, context_key
 from vopd_server.engines.loading import DtypeName, choose_device, load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
+from vopd_server.engines.warm_up import warm_up
 from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, TeacherError, UnavailableError
 from vopd_server.types import EngineInfo, ScoreRequest, Scores, TeacherTopK, TokenizerInfo, empty_scores
 
@@ -59,7 +60,9 @@ class TransformersEngine:
         faster than "float32".
     device: None takes the accelerator there is, else the CPU.
     max_context_length: context + completion tokens of one request; the model's own limit bounds it.
+    max_request_tokens: tokens beyond which no sequence is admitted, so that no room is needed for them.
     max_batch_tokens: padded tokens one forward may hold, cached contexts included; a longer request runs alone.
+    max_top_k: ids in the support of one position, at most.
     deterministic: every forward's shape depends on its request alone (one row; a context, then its
         completion on its cache), so the same request gives the same bits in whatever company, from run to
         run, on the same machine and number of threads. Slower: nothing is batched but contexts stay shared.
@@ -79,7 +82,9 @@ class TransformersEngine:
         dtype: DtypeName = "auto",
         device: str | None = None,
         max_context_length: int | None = None,
+        max_request_tokens: int | None = None,
         max_batch_tokens: int = 16_384,
+        max_top_k: int = 1024,
         deterministic: bool = False,
         trust_remote_code: bool = False,
         chunk_elements: int | None = None,
@@ -87,17 +92,29 @@ class TransformersEngine:
         self._model_id = model
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
-        self._load: Callable[[], ScoringModel] = lambda: scoring_model(
-            load_model(
+
+        def load() -> ScoringModel:
+            loaded = load_model(
                 model,
                 revision=revision,
                 dtype=dtype,
                 device=choose_device(device),
                 max_context_length=max_context_length,
                 trust_remote_code=trust_remote_code,
-            ),
-            chunk_elements=chunk_elements,
-        )
+            )
+            model_to_score = scoring_model(loaded, chunk_elements=chunk_elements)
+            # A CPU's memory has swap behind it, and the largest forwards would take it minutes.
+            if loaded.device.type != "cpu":
+                warm_up(
+                    model_to_score,
+                    max_context_length=min(loaded.max_context_length, max_request_tokens or loaded.max_context_length),
+                    max_batch_tokens=max_batch_tokens,
+                    max_top_k=max_top_k,
+                    deterministic=deterministic,
+                )
+            return model_to_score
+
+        self._load = load
         self._scoring_model: ScoringModel | None = None
         self._info: EngineInfo | None = None  # outlives the model, as the tokenizer does
         self._tokenizer: TokenizerInfo | None = None
@@ -124,9 +141,10 @@ class TransformersEngine:
         return self._stats
 
     async def start(self) -> None:
-        """Loads the model in the worker thread and compares it with itself; see `probe`.
+        """Loads the model in the worker thread and compares it with itself; see `probe`, and on accelerators `warm_up`.
 
-        Raises: ConfigError when the model cannot be loaded or its own logits cannot be reproduced.
+        Raises: ConfigError when the model cannot be loaded, its own logits cannot be reproduced, or the largest
+            forward does not fit the device.
         """
         assert self._dispatcher is None, "started twice"
         try:

@@ -8,10 +8,8 @@ says so through `wait_until_dead`, and the process is to end and be started agai
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import logging
-import multiprocessing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +20,7 @@ import numpy as np
 from vopd_server.engines.vllm_probe import has_token_ids
 from vopd_server.engines.vllm_requests import RecentOpenings, scoring_arguments
 from vopd_server.engines.vllm_scores import UnusableAnswerError, read_scores, times_s
-from vopd_server.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.types import (
     EngineInfo,
     ScoreRequest,
@@ -44,8 +42,6 @@ _DEATH_POLL_S = 0.5
 # Prefixes are shared under one salt: everybody's, as long as there is one tenant. A salt a tenant keeps tenants
 # from learning by timing what others have asked.
 _CACHE_SALT = ""
-# For vLLM's processes to end by themselves.
-_TERMINATION_GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +59,9 @@ class VllmEngine:
     model: a directory or a hub id. revision: a hub branch, tag or commit.
     dtype: "auto" is the checkpoint's own.
     max_context_length: context + completion tokens of one request; the model's own limit less 1 bounds it, since
-        vLLM always generates a token.
+        vLLM always generates a token. When it is left out, what the KV cache holds bounds it too; when it is
+        given and the KV cache holds less, `start` refuses.
+    max_request_tokens: tokens beyond which no sequence is admitted, so that no room is needed for them.
     max_top_k: ids in the support of one position, at most.
     engine_args: vLLM's own AsyncEngineArgs, passed through: tensor_parallel_size, gpu_memory_utilization,
         max_num_batched_tokens, distributed_executor_backend, ... Those that a setting here covers are refused.
@@ -81,20 +79,17 @@ class VllmEngine:
         revision: str | None = None,
         dtype: DtypeName = "auto",
         max_context_length: int | None = None,
+        max_request_tokens: int | None = None,
         max_top_k: int = 1024,
         engine_args: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         hang_timeout_s: float = 120.0,
         launch: Callable[[], Backend] | None = None,
     ) -> None:
-        if launch is None and importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                "engine vllm needs the package vllm, in an environment of its own; on a CPU see deploy/vllm-env.sh"
-            )
 
         def launch_vllm() -> Backend:
-            from vopd_server.engines.vllm_backend import LaunchSettings
             from vopd_server.engines.vllm_backend import launch as launch_backend
+            from vopd_server.engines.vllm_config import LaunchSettings
 
             return launch_backend(
                 LaunchSettings(
@@ -105,6 +100,7 @@ class VllmEngine:
                     max_top_k=max_top_k,
                     engine_args=dict(engine_args or {}),
                     trust_remote_code=trust_remote_code,
+                    max_request_tokens=max_request_tokens,
                 )
             )
 
@@ -214,7 +210,10 @@ class VllmEngine:
             await asyncio.wait(self._running)
         if self._launching is None:
             return
-        await _end_launch(self._launching)
+        if not self._launching.done():
+            from vopd_server.engines.vllm_processes import end_launch
+
+            await end_launch(self._launching)
         if self._launching.exception() is None:
             await self._launching.result().shutdown()
         self._backend = self._launching = None
@@ -303,14 +302,3 @@ class VllmEngine:
         """Every caller gets an exception of its own: one shared would collect all their tracebacks."""
         if self._end is not None:
             raise type(self._end)(str(self._end))
-
-
-async def _end_launch(launching: asyncio.Future[Backend]) -> None:
-    """Waits for the launch; one that is not over loses its processes, and so ends soon."""
-    num_polls_left = round(_TERMINATION_GRACE_S / _DEATH_POLL_S)
-    while not launching.done():
-        for process in multiprocessing.active_children():
-            if process.name.startswith("EngineCore"):
-                process.terminate() if num_polls_left > 0 else process.kill()
-        await asyncio.wait((launching,), timeout=_DEATH_POLL_S)
-        num_polls_left -= 1

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from vopd_server.engines.loading import DtypeName, directory_revision
+from vopd_server.engines.loading import directory_revision
 from vopd_server.engines.tokenizer import tokenizer_info
 from vopd_server.engines.vllm_arguments import check_engine_args
+from vopd_server.engines.vllm_config import LaunchSettings, check_length, engine_config
+from vopd_server.engines.vllm_plugin import SERVER_PID_VARIABLE
+from vopd_server.engines.vllm_processes import end_remaining, interrupts_held_off, running_processes
 from vopd_server.engines.vllm_scores import Answer
 from vopd_server.errors import ConfigError, EngineError, InvalidRequestError
 from vopd_server.types import TokenizerInfo
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    import psutil  # type: ignore[import-untyped]
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -37,10 +40,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for the line that announces the address
     "VLLM_NO_USAGE_STATS": "1",  # vLLM would report the model and the hardware to its authors
 }
-
-# The V1 runner runs the output head and a float32 log-softmax over every row of a step: 1.2 GB a thousand rows at
-# 152k ids, and as much again for the sorting. vLLM's own default for a large GPU is 8192 rows or more.
-V1_MAX_NUM_BATCHED_TOKENS = 2048
 
 # vLLM kills an EngineCore that has not ended by then. It gives its own workers 5 s and 4 s more, and when it is
 # killed first they leave shared memory behind.
@@ -90,19 +89,6 @@ class Backend(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchSettings:
-    """max_context_length: tokens; None is the model's own, less the one token that vLLM always generates."""
-
-    model: str
-    revision: str | None
-    dtype: DtypeName
-    max_context_length: int | None
-    max_top_k: int
-    engine_args: dict[str, Any]
-    trust_remote_code: bool
-
-
 class VllmBackend:
     """A running AsyncLLM; implements `Backend`."""
 
@@ -114,6 +100,8 @@ class VllmBackend:
 
         self._llm = llm
         self._facts = facts
+        # Known by now, since workers whose EngineCore has been killed are nobody's children.
+        self._processes = running_processes()
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._refusal = VLLMClientError
@@ -160,7 +148,7 @@ class VllmBackend:
         if handler is not None:  # it would take the end of the processes for a failure
             handler.cancel()
             await asyncio.wait((handler,))
-        await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown, EXIT_GRACE_S)
+        await asyncio.to_thread(_end, self._llm, self._processes)
 
 
 def launch(settings: LaunchSettings) -> VllmBackend:
@@ -171,6 +159,7 @@ def launch(settings: LaunchSettings) -> VllmBackend:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
     _import_vllm()
     import vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -182,12 +171,21 @@ def launch(settings: LaunchSettings) -> VllmBackend:
         commit = _resolve_commit(settings)
         revision = commit or directory_revision(Path(settings.model))
         tokenizer = _tokenizer(settings, commit)
-        config = _engine_config(settings, commit)
-        llm = AsyncLLM.from_vllm_config(config)
+        config = engine_config(settings, commit)
+        wanted_length = config.model_config.max_model_len
+        with interrupts_held_off():
+            llm = AsyncLLM.from_vllm_config(config)
+    except ConfigError:
+        raise
     # Every part of vLLM checks in its own way. What it raises in its processes arrives as a RuntimeError.
     except (VLLMError, OSError, ValueError, TypeError, RuntimeError, ImportError, LookupError, AssertionError) as error:
         raise ConfigError(f"vLLM cannot serve the model {settings.model!r}: {error}") from error
     model_config = config.model_config
+    try:
+        check_length(settings, wanted=wanted_length, fitted=model_config.max_model_len)
+    except ConfigError:
+        _end(llm, running_processes())
+        raise
     facts = BackendFacts(
         version=vllm.__version__,
         revision=revision,
@@ -199,6 +197,12 @@ def launch(settings: LaunchSettings) -> VllmBackend:
         tokenizer=tokenizer,
     )
     return VllmBackend(llm, facts)
+
+
+def _end(llm: AsyncLLM, processes: list[psutil.Process]) -> None:
+    """Returns when every process of vLLM has ended, which takes seconds."""
+    llm.shutdown(EXIT_GRACE_S)
+    end_remaining(processes)
 
 
 def _import_vllm() -> None:
@@ -215,37 +219,6 @@ def _import_vllm() -> None:
         raise ConfigError(f"engine vllm needs the package vllm: {error}") from error
     if error is not None:
         raise error
-
-
-def _engine_config(settings: LaunchSettings, commit: str | None) -> VllmConfig:
-    """vLLM's configuration: first as the model and the operator have it, then within our bounds."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    args = AsyncEngineArgs(
-        model=settings.model,
-        revision=commit or settings.revision,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        max_logprobs=settings.max_top_k + 1,  # the sampled token has a column of its own
-        **settings.engine_args,
-    )
-    # On a copy: vLLM writes its defaults into the arguments.
-    found = dataclasses.replace(args).create_engine_config()
-    own_length = found.model_config.max_model_len
-    wanted_length = (settings.max_context_length or own_length) + 1
-    if settings.max_context_length is not None and wanted_length > own_length:
-        logger.warning(
-            "max_context_length %d is bounded by the model's own %d, less the token that vLLM generates",
-            settings.max_context_length,
-            own_length,
-        )
-    args = dataclasses.replace(args, max_model_len=min(own_length, wanted_length))
-    if not found.use_v2_model_runner and args.max_num_batched_tokens is None:
-        args = dataclasses.replace(
-            args,
-            max_num_batched_tokens=min(found.scheduler_config.max_num_batched_tokens, V1_MAX_NUM_BATCHED_TOKENS),
-        )
-    return args.create_engine_config()
 
 
 def _resolve_commit(settings: LaunchSettings) -> str | None:
