@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -104,6 +105,9 @@ class Record:
     streams: list[list[pb.ScoreStreamRequest]] = field(default_factory=list)
     max_outstanding: int = 0
     max_contexts_held: int = 0
+    num_sequences: int = 0  # by request and by stream
+    bytes_in: int = 0  # of score requests
+    bytes_out: int = 0  # of their answers
 
     def sequences(self, stream: int) -> list[pb.Sequence]:
         return [message.sequence for message in self.streams[stream] if message.HasField("sequence")]
@@ -120,13 +124,15 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         self.record = Record()
         self.port = 0
         self._max_message_bytes = max_message_bytes
+        self._scheme = "grpc"
         self._server: grpc.aio.Server | None = None
 
     @property
     def url(self) -> str:
-        return f"grpc://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
-    async def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
+    async def start(self, tls: tuple[Path, Path] | None = None) -> None:
+        """tls: files of the key and of the certificate."""
         options = [
             ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -135,10 +141,13 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         self._server = grpc.aio.server(options=options)
         teacher_pb2_grpc.add_TeacherServicer_to_server(self, self._server)
         address = f"127.0.0.1:{self.port}"
-        if credentials is None:
+        if tls is None:
             self.port = self._server.add_insecure_port(address)
         else:
+            key, certificate = tls
+            credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
             self.port = self._server.add_secure_port(address, credentials)
+            self._scheme = "grpcs"
         await self._server.start()
 
     async def stop(self) -> None:
@@ -161,6 +170,9 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         self._note_metadata(context)
         if self.script.refuse_info:
             await self.script.refuse_info.popleft().abort(context)
+        return self.info()
+
+    def info(self) -> pb.GetInfoResponse:
         response = pb.GetInfoResponse(
             model_id="fake",
             model_revision=self.script.model_revision,
@@ -188,10 +200,15 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         return response
 
     async def GetTokenizer(self, request: pb.GetTokenizerRequest, context: Any) -> pb.GetTokenizerResponse:
+        return self.tokenizer()
+
+    def tokenizer(self) -> pb.GetTokenizerResponse:
         return pb.GetTokenizerResponse(tokens=TOKENS, tokenizer_json="{}")
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         self.record.score_requests.append(request)
+        self.record.num_sequences += len(request.sequences)
+        self.record.bytes_in += request.ByteSize()
         self._note_metadata(context)
         if self.script.refuse_score:
             await self.script.refuse_score.popleft().abort(context)
@@ -199,7 +216,11 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
             await asyncio.Event().wait()
         contexts = [unpack_uints(ids) for ids in request.contexts]
         scores = [self._answer(s, contexts[s.context_index], request.temperature) for s in request.sequences]
-        return pb.ScoreResponse(request_id=request.request_id, model_revision=self.script.model_revision, scores=scores)
+        response = pb.ScoreResponse(
+            request_id=request.request_id, model_revision=self.script.model_revision, scores=scores
+        )
+        self.record.bytes_out += response.ByteSize()
+        return response
 
     async def ScoreStream(self, requests: AsyncIterator[pb.ScoreStreamRequest], context: Any) -> None:
         messages: list[pb.ScoreStreamRequest] = []
@@ -212,10 +233,11 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         held: list[pb.Sequence] = []
         async for message in requests:
             messages.append(message)
+            self.record.bytes_in += message.ByteSize()
             kind = message.WhichOneof("message")
             if kind == "settings":
                 opened = pb.StreamOpened(model_revision=self.script.model_revision)
-                await context.write(pb.ScoreStreamResponse(opened=opened))
+                await self._write(context, pb.ScoreStreamResponse(opened=opened))
             elif kind == "context":
                 contexts[message.context.context_index] = unpack_uints(message.context.ids)
                 self.record.max_contexts_held = max(self.record.max_contexts_held, len(contexts))
@@ -223,6 +245,7 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
                 del contexts[message.release_context.context_index]
             elif kind == "sequence":
                 held.append(message.sequence)
+                self.record.num_sequences += 1
                 self.record.max_outstanding = max(self.record.max_outstanding, len(held))
                 if self.script.answer_nothing or len(held) < self.script.hold_answers_until:
                     continue
@@ -248,7 +271,7 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
                 field=refusal.field,
                 retry_delay_s=refusal.retry_delay_s or 0.0,
             )
-            await context.write(pb.ScoreStreamResponse(failure=failure))
+            await self._write(context, pb.ScoreStreamResponse(failure=failure))
             return
         num_rows = sequence.completion_length
         step = self.script.rows_per_chunk or max(1, num_rows)
@@ -259,7 +282,11 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
                 first_row=first_row,
                 is_last=first_row + step >= num_rows,
             )
-            await context.write(pb.ScoreStreamResponse(chunk=chunk))
+            await self._write(context, pb.ScoreStreamResponse(chunk=chunk))
+
+    async def _write(self, context: Any, response: pb.ScoreStreamResponse) -> None:
+        await context.write(response)
+        self.record.bytes_out += response.ByteSize()
 
     def _answer(
         self, sequence: pb.Sequence, context_ids: IntArray, temperature: float, rows: slice = slice(None)

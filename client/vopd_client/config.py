@@ -45,8 +45,8 @@ class TeacherConfig(Settings):
 
     teacher_url: CommaSeparated = Field(
         default_factory=list,
-        description="Address of the teacher, grpc://host:port or grpcs://host:port; several replicas of one teacher: "
-        "repeat, or separate by commas.",
+        description="Address of the teacher, grpc://host:port or http://host:port, over TLS grpcs:// or https://; "
+        "several replicas of one teacher: repeat, or separate by commas.",
     )
     api_key_file: Path | None = Field(
         None, description="File that holds the API key (sent over TLS or to loopback only)."
@@ -54,7 +54,8 @@ class TeacherConfig(Settings):
     plaintext: bool = Field(False, description="Send the API key over an unencrypted connection to another machine.")
     tls_ca_file: Path | None = Field(
         None,
-        description="PEM file with the certificate authority of a grpcs:// teacher; default: those that gRPC ships.",
+        description="PEM file with the certificate authority of a grpcs:// or https:// teacher; default: those that "
+        "gRPC ships, or the system's for https://.",
     )
     teacher_timeout_s: float = Field(
         600.0, gt=0, description="Seconds without any progress of the teacher after which it counts as gone."

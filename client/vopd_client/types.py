@@ -93,7 +93,7 @@ class TeacherInfo:
 
 
 class Teacher(Protocol):
-    """What the trainer needs: a remote teacher over gRPC, or one in this process."""
+    """What the trainer needs: a remote teacher, or one in this process."""
 
     @property
     def info(self) -> TeacherInfo: ...

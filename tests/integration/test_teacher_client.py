@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import grpc
 import numpy as np
 import pytest
 
-from fake_teacher import TOKENS, FakeTeacher, Refusal, Script, expected_scores
-from teacher_process import start_teacher
+from asking import FakeTime, assert_answers, sequence, until
+from fake_http_teacher import FakeHttpTeacher
+from fake_teacher import TOKENS, FakeTeacher, Refusal, Script
+from teacher_process import RunningTeacher, start_teacher
 from vopd_client.errors import (
     AlignmentError,
     HandshakeError,
@@ -33,62 +35,40 @@ from vopd_client.errors import (
 )
 from vopd_client.teacher import RemoteTeacher, TeacherClient
 from vopd_client.teacher.patience import Timing
+from vopd_client.teacher.transport import CallFailed
 from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints
 
 UNAVAILABLE = Refusal(grpc.StatusCode.UNAVAILABLE)
-SUPPORTS = (NoSupport(), TeacherTopK(3), Candidates(np.array([9, 8, 7, 9]), np.array([2, 0, 1, 1])))
 
 
-def sequence(index: int = 0, *, num_contexts: int = 3) -> SequenceToScore:
-    context = np.arange(3) + index % num_contexts
-    return SequenceToScore(context, np.arange(4) + index % 900, SUPPORTS[index % 3])
+@pytest.fixture(params=[FakeTeacher, FakeHttpTeacher], ids=["grpc", "http"])
+def teacher_type(request: pytest.FixtureRequest) -> type[FakeTeacher]:
+    """What speaks one of the protocols; a test that takes it, or `connected`, holds for each."""
+    kind: type[FakeTeacher] = request.param
+    return kind
 
 
-def assert_answers(scores: SequenceScores, asked: SequenceToScore, temperature: float = 1.0) -> None:
-    expected = expected_scores(asked, temperature)
-    np.testing.assert_array_equal(scores.sampled_logprobs_T, expected.sampled_logprobs_T)
-    np.testing.assert_array_equal(scores.support_ids, expected.support_ids)
-    np.testing.assert_array_equal(scores.support_logprobs, expected.support_logprobs)
-    np.testing.assert_array_equal(scores.counts_T, expected.counts_T)
-
-
-class FakeTime:
-    """Sleeping is noted, moves the clock, and takes no time."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self.slept_s: list[float] = []
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept_s.append(seconds)
-        self.now_s += seconds
-        await asyncio.sleep(0)
-
-    @property
-    def timing(self) -> Timing:
-        return Timing(now=lambda: self.now_s, sleep=self.sleep, rng=random.Random(0))
+@pytest.fixture
+def connected(teacher_type: type[FakeTeacher]) -> Any:
+    return partial(connected_to, teacher_type)
 
 
 @asynccontextmanager
-async def connected(script: Script | None = None, **settings: Any) -> AsyncIterator[tuple[FakeTeacher, TeacherClient]]:
-    async with FakeTeacher(script) as teacher:
+async def connected_to(
+    teacher_type: type[FakeTeacher], script: Script | None = None, **settings: Any
+) -> AsyncIterator[tuple[FakeTeacher, TeacherClient]]:
+    async with teacher_type(script) as teacher:
         settings.setdefault("timing", FakeTime().timing)
         async with TeacherClient(teacher.url, **settings) as client:
             yield teacher, client
 
 
-async def until(condition: Any) -> None:
-    """Waits for something that another task or process brings about; the test's own time-out bounds it."""
-    while not condition():  # noqa: ASYNC110 - what is waited for happens behind a socket
-        await asyncio.sleep(0.01)
-
-
 # ---------------------------------------------------------------- what it is
 
 
-async def test_the_handshake_tells_what_the_teacher_is():
+async def test_the_handshake_tells_what_the_teacher_is(connected):
     async with connected() as (_, client):
         assert client.info.model_revision == "revision-1"
         assert client.info.supports == {"sampled", "teacher_top_k", "candidates"}
@@ -96,12 +76,12 @@ async def test_the_handshake_tells_what_the_teacher_is():
         assert client.info.max_support_size == 200
 
 
-async def test_the_tokenizer_comes_with_its_table():
+async def test_the_tokenizer_comes_with_its_table(connected):
     async with connected() as (_, client):
         assert await client.tokenizer() == (TOKENS, "{}")
 
 
-async def test_a_table_without_the_announced_fingerprint_is_refused():
+async def test_a_table_without_the_announced_fingerprint_is_refused(connected):
     async with connected(Script(info={"tokenizer.fingerprint": "another"})) as (_, client):
         with pytest.raises(HandshakeError, match="fingerprint that it announced"):
             await client.tokenizer()
@@ -114,13 +94,13 @@ async def test_a_table_without_the_announced_fingerprint_is_refused():
         ({"expected_revision": "0"}, "model revision 'revision-1' instead of '0'"),
     ],
 )
-async def test_another_teacher_than_expected_is_refused_at_once(expected, complaint):
-    async with FakeTeacher() as teacher:
+async def test_another_teacher_than_expected_is_refused_at_once(expected, complaint, teacher_type):
+    async with teacher_type() as teacher:
         with pytest.raises(HandshakeError, match=complaint):
             await TeacherClient(teacher.url, **expected).connect()
 
 
-async def test_the_key_goes_with_every_call():
+async def test_the_key_goes_with_every_call(connected):
     async with connected(api_key="id.secret") as (teacher, client):
         await client.score([sequence()])
         async with client.open_stream() as stream:
@@ -133,7 +113,7 @@ async def test_the_key_goes_with_every_call():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-async def test_a_list_is_scored_in_its_order_whatever_the_requests(temperature):
+async def test_a_list_is_scored_in_its_order_whatever_the_requests(temperature, connected):
     asked = [sequence(index) for index in range(30)]
     async with connected() as (teacher, client):
         scores = await client.score(asked, temperature=temperature)
@@ -145,13 +125,13 @@ async def test_a_list_is_scored_in_its_order_whatever_the_requests(temperature):
         assert sum(len(request.contexts) for request in requests) < 10
 
 
-async def test_an_empty_list_asks_nothing():
+async def test_an_empty_list_asks_nothing(connected):
     async with connected() as (teacher, client):
         assert await client.score([]) == []
         assert teacher.record.score_requests == []
 
 
-async def test_an_empty_completion_has_an_empty_answer():
+async def test_an_empty_completion_has_an_empty_answer(connected):
     empty = SequenceToScore(np.array([1]), np.empty(0, np.int64), TeacherTopK(2))
     async with connected() as (_, client):
         [unary] = await client.score([empty])
@@ -161,7 +141,7 @@ async def test_an_empty_completion_has_an_empty_answer():
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
-async def test_a_refused_request_is_asked_again_after_the_delay_the_server_wants(code):
+async def test_a_refused_request_is_asked_again_after_the_delay_the_server_wants(code, connected):
     time = FakeTime()
     async with connected(timing=time.timing) as (teacher, client):
         teacher.script.refuse_score.extend([Refusal(code, retry_delay_s=7.5)] * 2)
@@ -183,16 +163,16 @@ async def test_a_refused_request_is_asked_again_after_the_delay_the_server_wants
         (grpc.StatusCode.CANCELLED, TeacherUnavailableError),
     ],
 )
-async def test_everything_else_is_an_error_at_once_with_its_cause(code, error):
+async def test_everything_else_is_an_error_at_once_with_its_cause(code, error, connected):
     async with connected() as (teacher, client):
         teacher.script.refuse_score.append(Refusal(code, "because"))
         with pytest.raises(error, match="because") as caught:
             await client.score([sequence()])
-        assert isinstance(caught.value.__cause__, grpc.aio.AioRpcError)
+        assert isinstance(caught.value.__cause__, CallFailed)
         assert len(teacher.record.score_requests) == 1
 
 
-async def test_one_failing_request_fails_the_list_and_the_next_list_is_scored():
+async def test_one_failing_request_fails_the_list_and_the_next_list_is_scored(connected):
     async with connected() as (teacher, client):
         teacher.script.refuse_score.append(Refusal(grpc.StatusCode.INVALID_ARGUMENT, "no"))
         with pytest.raises(TeacherRequestError):
@@ -200,7 +180,7 @@ async def test_one_failing_request_fails_the_list_and_the_next_list_is_scored():
         assert len(await client.score([sequence(index) for index in range(40)])) == 40
 
 
-async def test_a_request_that_is_too_large_is_refused_before_it_is_sent():
+async def test_a_request_that_is_too_large_is_refused_before_it_is_sent(connected):
     async with connected(Script(info={"limits.max_message_bytes": 2000})) as (teacher, client):
         large = SequenceToScore(np.arange(1), np.arange(2000))
         with pytest.raises(TeacherRequestError, match="exceeds the teacher's limit of 2000"):
@@ -210,17 +190,17 @@ async def test_a_request_that_is_too_large_is_refused_before_it_is_sent():
                 await stream.submit(large)
             with pytest.raises(TeacherRequestError, match="exceeds the teacher's limit"):
                 await stream.submit(SequenceToScore(np.arange(2000), np.arange(1)))
+            assert teacher.record.num_sequences == 0
             assert_answers(await stream.submit(sequence()), sequence())
-        assert teacher.record.score_requests == []
 
 
-async def test_a_server_that_takes_less_than_it_says_is_not_asked_for_ever():
-    async with FakeTeacher(max_message_bytes=1000) as teacher, TeacherClient(teacher.url) as client:
+async def test_a_server_that_takes_less_than_it_says_is_not_asked_for_ever(teacher_type):
+    async with teacher_type(max_message_bytes=1000) as teacher, TeacherClient(teacher.url) as client:
         with pytest.raises(TeacherRequestError, match="larger than max"):
             await client.score([SequenceToScore(np.arange(1), np.arange(2000))])
 
 
-async def test_an_answer_of_another_revision_is_refused():
+async def test_an_answer_of_another_revision_is_refused(connected):
     async with connected() as (teacher, client):
         teacher.script.model_revision = "revision-2"
         with pytest.raises(HandshakeError, match="'revision-1' to 'revision-2'"):
@@ -230,7 +210,7 @@ async def test_an_answer_of_another_revision_is_refused():
                 await stream.submit(sequence())
 
 
-async def test_a_teacher_that_says_nothing_is_given_up_when_the_time_is_up():
+async def test_a_teacher_that_says_nothing_is_given_up_when_the_time_is_up(connected):
     script = Script(answer_nothing=True)
     async with connected(script, timeout_s=0.2, timing=Timing()) as (_, client):
         with pytest.raises(TeacherUnavailableError, match=r"no progress of the teacher for 0\.2 s"):
@@ -243,18 +223,18 @@ async def test_a_teacher_that_says_nothing_is_given_up_when_the_time_is_up():
 # ---------------------------------------------------------------- connecting
 
 
-async def test_a_teacher_that_is_not_there_is_waited_for_until_the_time_is_up():
-    async with FakeTeacher() as teacher:
+async def test_a_teacher_that_is_not_there_is_waited_for_until_the_time_is_up(teacher_type):
+    async with teacher_type() as teacher:
         url = teacher.url
     time = FakeTime()
     with pytest.raises(TeacherUnavailableError, match="for 60 s; last: connection refused") as caught:
         await TeacherClient(url, timeout_s=60, timing=time.timing).connect()
     assert time.now_s == pytest.approx(60)
-    assert isinstance(caught.value.__cause__, grpc.aio.AioRpcError)
+    assert isinstance(caught.value.__cause__, CallFailed)
 
 
-async def test_a_teacher_that_comes_late_is_found():
-    teacher = FakeTeacher()
+async def test_a_teacher_that_comes_late_is_found(teacher_type):
+    teacher = teacher_type()
     async with teacher:
         pass
     client = TeacherClient(teacher.url, timeout_s=60)
@@ -266,29 +246,29 @@ async def test_a_teacher_that_comes_late_is_found():
         await client.close()
 
 
-async def test_a_starting_teacher_is_asked_again_when_it_said():
+async def test_a_starting_teacher_is_asked_again_when_it_said(teacher_type):
     time = FakeTime()
-    async with FakeTeacher(Script()) as teacher:
+    async with teacher_type(Script()) as teacher:
         teacher.script.refuse_info.append(Refusal(grpc.StatusCode.UNAVAILABLE, "loading", retry_delay_s=2.0))
         async with TeacherClient(teacher.url, timing=time.timing):
             assert teacher.record.num_info_calls == 2
             assert time.slept_s[0] >= 2.0
 
 
-async def test_a_wrong_key_is_an_error_at_once():
-    async with FakeTeacher() as teacher:
+async def test_a_wrong_key_is_an_error_at_once(teacher_type):
+    async with teacher_type() as teacher:
         teacher.script.refuse_info.append(Refusal(grpc.StatusCode.UNAUTHENTICATED, "unknown key"))
         with pytest.raises(TeacherPermissionError, match="unknown key"):
             await TeacherClient(teacher.url).connect()
         assert teacher.record.num_info_calls == 1
 
 
-async def test_the_first_replica_that_answers_is_taken_without_a_pause():
-    async with FakeTeacher() as gone:
+async def test_the_first_replica_that_answers_is_taken_without_a_pause(teacher_type):
+    async with teacher_type() as gone:
         pass
     time = FakeTime()
     async with (
-        FakeTeacher() as teacher,
+        teacher_type() as teacher,
         TeacherClient([gone.url, teacher.url], timing=time.timing) as client,
     ):
         assert client.info.model_id == "fake"
@@ -305,16 +285,15 @@ def key_and_certificate(tmp_path: Path) -> tuple[Path, Path]:
     return key, certificate
 
 
-async def test_tls_with_the_servers_own_authority(key_and_certificate: tuple[Path, Path]):
-    key, certificate = key_and_certificate
-    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    teacher = FakeTeacher()
-    await teacher.start(credentials)
-    url = f"grpcs://localhost:{teacher.port}"
+async def test_tls_with_the_servers_own_authority(key_and_certificate: tuple[Path, Path], teacher_type):
+    _, certificate = key_and_certificate
+    teacher = teacher_type()
+    await teacher.start(key_and_certificate)
+    url = teacher.url.replace("127.0.0.1", "localhost")
     async with TeacherClient(url, api_key="id.secret", tls_ca_file=certificate) as client:
         [scores] = await client.score([sequence()])
         assert_answers(scores, sequence())
-    with pytest.raises(TeacherUnavailableError, match=r"last: Tls handshake failed"):
+    with pytest.raises(TeacherUnavailableError, match=r"last: (Tls handshake failed: )?certificate not trusted"):
         await TeacherClient(url, timeout_s=1, timing=FakeTime().timing).connect()  # not a public authority
     await teacher.stop()
 
@@ -322,7 +301,7 @@ async def test_tls_with_the_servers_own_authority(key_and_certificate: tuple[Pat
 # ---------------------------------------------------------------- streams
 
 
-async def test_a_thousand_sequences_pass_through_one_stream():
+async def test_a_thousand_sequences_pass_through_one_stream(connected):
     asked = [sequence(index) for index in range(1000)]
     async with connected() as (teacher, client), client.open_stream(temperature=2.0) as stream:
         scores = await asyncio.gather(*map(stream.submit, asked))
@@ -330,12 +309,19 @@ async def test_a_thousand_sequences_pass_through_one_stream():
             assert_answers(answer, question, 2.0)
         assert len(teacher.record.streams) == 1
         assert len(teacher.record.sequences(0)) == 1000
+        assert client.bytes_sent == teacher.record.bytes_in
+        assert client.bytes_received == teacher.record.bytes_out > 1000 * 4 * 4
+
+
+async def test_a_context_that_several_sequences_share_is_sent_once():
+    async with connected_to(FakeTeacher) as (teacher, client), client.open_stream() as stream:
+        teacher.script.refuse_sequence.append(Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
+        await asyncio.gather(*(stream.submit(sequence(index)) for index in range(100)))
+        assert len(teacher.record.sequences(0)) == 101
         assert len(teacher.record.contexts(0)) == 3
-        assert client.bytes_sent == sum(message.ByteSize() for message in teacher.record.streams[0])
-        assert client.bytes_received > 1000 * 4 * 4
 
 
-async def test_answers_may_come_in_any_order_and_in_row_chunks():
+async def test_answers_may_come_in_any_order_and_in_row_chunks(connected):
     script = Script(hold_answers_until=30, answer_in_reverse=True, rows_per_chunk=3)
     asked = [sequence(index) for index in range(30)]
     async with connected(script) as (_, client), client.open_stream() as stream:
@@ -344,7 +330,7 @@ async def test_answers_may_come_in_any_order_and_in_row_chunks():
             assert_answers(answer, question)
 
 
-async def test_sixteen_thousand_tokens_with_a_hundred_candidates_each_pass_both_ways():
+async def test_sixteen_thousand_tokens_with_a_hundred_candidates_each_pass_both_ways(connected):
     num_rows = 16_000
     candidates = Candidates(np.tile(np.arange(100), num_rows), np.full(num_rows, 100))
     long = SequenceToScore(np.arange(3), np.arange(num_rows) % 900, candidates)
@@ -354,7 +340,7 @@ async def test_sixteen_thousand_tokens_with_a_hundred_candidates_each_pass_both_
         assert_answers(scores, long)
 
 
-async def test_no_more_than_the_window_is_unanswered():
+async def test_no_more_than_the_window_is_unanswered(connected):
     script = Script(hold_answers_until=5)
     async with connected(script, window=5) as (teacher, client), client.open_stream() as stream:
         await asyncio.gather(*(stream.submit(sequence(index)) for index in range(100)))
@@ -362,13 +348,13 @@ async def test_no_more_than_the_window_is_unanswered():
 
 
 async def test_contexts_that_are_done_with_are_released():
-    async with connected(window=4) as (teacher, client), client.open_stream() as stream:
+    async with connected_to(FakeTeacher, window=4) as (teacher, client), client.open_stream() as stream:
         await asyncio.gather(*(stream.submit(sequence(index, num_contexts=100)) for index in range(100)))
         assert len(teacher.record.contexts(0)) == 100
         assert teacher.record.max_contexts_held <= 4 + 8 + 1
 
 
-async def test_a_failed_sequence_fails_alone():
+async def test_a_failed_sequence_fails_alone(connected):
     async with connected() as (teacher, client), client.open_stream() as stream:
         teacher.script.refuse_sequence.append(
             Refusal(grpc.StatusCode.INVALID_ARGUMENT, "too long", field="completion_ids")
@@ -379,14 +365,14 @@ async def test_a_failed_sequence_fails_alone():
         assert len(teacher.record.streams) == 1
 
 
-async def test_impossible_ids_fail_alone_and_before_they_travel():
+async def test_impossible_ids_fail_alone_and_before_they_travel(connected):
     async with connected() as (_, client), client.open_stream() as stream:
         with pytest.raises(TeacherRequestError, match="context_ids"):
             await stream.submit(SequenceToScore(np.array([-1]), np.array([1])))
         assert_answers(await stream.submit(sequence()), sequence())
 
 
-async def test_a_refused_sequence_is_sent_again_after_the_delay_on_the_same_stream():
+async def test_a_refused_sequence_is_sent_again_after_the_delay_on_the_same_stream(connected):
     time = FakeTime()
     async with connected(timing=time.timing) as (teacher, client), client.open_stream() as stream:
         full = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_delay_s=3.0)
@@ -394,12 +380,11 @@ async def test_a_refused_sequence_is_sent_again_after_the_delay_on_the_same_stre
         assert_answers(await stream.submit(sequence(1)), sequence(1))
         assert len(teacher.record.streams) == 1
         assert len(teacher.record.sequences(0)) == 3
-        assert len(teacher.record.contexts(0)) == 1
         assert [3.0 <= slept <= 3.75 for slept in time.slept_s] == [True, True]
 
 
-async def test_a_draining_replica_is_left_for_the_next_one():
-    async with FakeTeacher() as leaving, FakeTeacher() as staying:
+async def test_a_draining_replica_is_left_for_the_next_one(teacher_type):
+    async with teacher_type() as leaving, teacher_type() as staying:
         async with TeacherClient([leaving.url, staying.url], timing=FakeTime().timing) as client:
             leaving.script.refuse_sequence.extend([UNAVAILABLE] * 100)
             async with client.open_stream() as stream:
@@ -413,14 +398,14 @@ async def test_a_draining_replica_is_left_for_the_next_one():
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
 async def test_a_refused_stream_is_opened_again_after_the_delay(code):
     time = FakeTime()
-    async with connected(timing=time.timing) as (teacher, client), client.open_stream() as stream:
+    async with connected_to(FakeTeacher, timing=time.timing) as (teacher, client), client.open_stream() as stream:
         teacher.script.refuse_stream.append(Refusal(code, retry_delay_s=4.0))
         assert_answers(await stream.submit(sequence()), sequence())
         assert len(teacher.record.streams) == 2
         assert time.slept_s[0] >= 4.0
 
 
-async def test_another_error_of_the_stream_fails_everything_at_once():
+async def test_another_error_of_the_stream_fails_everything_at_once(connected):
     async with connected() as (teacher, client), client.open_stream() as stream:
         teacher.script.refuse_stream.append(Refusal(grpc.StatusCode.PERMISSION_DENIED, "not you"))
         results = await asyncio.gather(*(stream.submit(sequence(index)) for index in range(5)), return_exceptions=True)
@@ -430,7 +415,7 @@ async def test_another_error_of_the_stream_fails_everything_at_once():
         assert len(teacher.record.streams) == 1
 
 
-async def test_a_stream_that_ends_early_is_taken_up_where_it_broke():
+async def test_a_stream_that_ends_early_is_taken_up_where_it_broke(connected):
     script = Script()
     script.end_stream_after.extend([20, 0, 7])
     async with connected(script, window=16) as (teacher, client), client.open_stream() as stream:
@@ -446,7 +431,7 @@ async def test_a_stream_that_ends_early_is_taken_up_where_it_broke():
         assert teacher.record.num_info_calls == 4  # a handshake before each
 
 
-async def test_a_teacher_that_is_restarted_in_the_middle_costs_nothing_but_the_wait():
+async def test_a_teacher_that_is_restarted_in_the_middle_costs_nothing_but_the_wait(connected):
     script = Script(hold_answers_until=8, rows_per_chunk=1)
     async with connected(script, window=16, timing=Timing()) as (teacher, client), client.open_stream() as stream:
         asked = [sequence(index) for index in range(100)]
@@ -467,10 +452,10 @@ async def test_a_teacher_that_is_restarted_in_the_middle_costs_nothing_but_the_w
         assert client.waiting_reason == ""
 
 
-async def test_another_replica_takes_over_what_is_unanswered():
+async def test_another_replica_takes_over_what_is_unanswered(teacher_type):
     async with (
-        FakeTeacher(Script(hold_answers_until=1000)) as first,
-        FakeTeacher() as second,
+        teacher_type(Script(hold_answers_until=1000)) as first,
+        teacher_type() as second,
         TeacherClient([first.url, second.url]) as client,
         client.open_stream() as stream,
     ):
@@ -482,9 +467,9 @@ async def test_another_replica_takes_over_what_is_unanswered():
         assert len(second.record.sequences(0)) == 10
 
 
-async def test_a_replica_with_other_weights_is_refused():
+async def test_a_replica_with_other_weights_is_refused(teacher_type):
     other = Script(model_revision="revision-2")
-    async with FakeTeacher(Script(hold_answers_until=9)) as first, FakeTeacher(other) as second:
+    async with teacher_type(Script(hold_answers_until=9)) as first, teacher_type(other) as second:
         async with TeacherClient([first.url, second.url]) as client, client.open_stream() as stream:
             task = asyncio.create_task(stream.submit(sequence()))
             await until(lambda: first.record.streams and first.record.sequences(0))
@@ -496,7 +481,7 @@ async def test_a_replica_with_other_weights_is_refused():
         assert second.record.streams == []
 
 
-async def test_an_idle_stream_survives_a_restart():
+async def test_an_idle_stream_survives_a_restart(connected):
     async with connected(timing=Timing()) as (teacher, client), client.open_stream() as stream:
         await stream.submit(sequence(1))
         await teacher.stop()
@@ -504,7 +489,7 @@ async def test_an_idle_stream_survives_a_restart():
         assert_answers(await stream.submit(sequence(2)), sequence(2))
 
 
-async def test_a_cancelled_submit_leaves_the_others_alone():
+async def test_a_cancelled_submit_leaves_the_others_alone(connected):
     script = Script(hold_answers_until=3)
     async with connected(script, window=3) as (_, client), client.open_stream() as stream:
         tasks = [asyncio.create_task(stream.submit(sequence(index))) for index in range(6)]
@@ -520,7 +505,7 @@ async def test_a_cancelled_submit_leaves_the_others_alone():
                 assert_answers(result, sequence(index))
 
 
-async def test_an_answer_that_nobody_waits_for_any_more_is_thrown_away():
+async def test_an_answer_that_nobody_waits_for_any_more_is_thrown_away(connected):
     script = Script(hold_answers_until=2)
     async with connected(script) as (teacher, client), client.open_stream() as stream:
         given_up = asyncio.create_task(stream.submit(sequence(0)))
@@ -529,13 +514,12 @@ async def test_an_answer_that_nobody_waits_for_any_more_is_thrown_away():
         assert_answers(await stream.submit(sequence(1)), sequence(1))
 
 
-async def test_closing_fails_what_is_pending():
+async def test_closing_fails_what_is_pending(connected):
     async with connected(Script(answer_nothing=True)) as (teacher, client):
         stream = client.open_stream()
         tasks = [asyncio.create_task(stream.submit(sequence(index))) for index in range(3)]
         scoring = asyncio.create_task(client.score([sequence()]))
-        await until(lambda: teacher.record.streams and len(teacher.record.sequences(0)) == 3)
-        await until(lambda: teacher.record.score_requests)
+        await until(lambda: teacher.record.num_sequences == 4)
         await client.close()
         results = await asyncio.gather(*tasks, scoring, return_exceptions=True)
         assert [str(result) for result in results] == ["the teacher client was closed"] * 4
@@ -571,7 +555,7 @@ def foreign_ids(scores: pb.SequenceScores) -> None:
         (foreign_ids, AlignmentError, "id 5000 of 1000"),
     ],
 )
-async def test_wrong_answers_fail_their_sequence_and_never_become_scores(change, error, complaint):
+async def test_wrong_answers_fail_their_sequence_and_never_become_scores(change, error, complaint, connected):
     async with connected(Script(change_answer=change)) as (teacher, client), client.open_stream() as stream:
         with pytest.raises(error, match=complaint):
             await stream.submit(sequence(1))
@@ -581,12 +565,12 @@ async def test_wrong_answers_fail_their_sequence_and_never_become_scores(change,
         assert_answers(await stream.submit(sequence(1)), sequence(1))
 
 
-async def test_an_answer_to_another_question_is_refused():
+async def test_an_answer_to_another_question_is_refused(connected):
     def rename(scores: pb.SequenceScores) -> None:
         scores.sequence_id = "nobody"
 
     async with connected(Script(change_answer=rename)) as (_, client), client.open_stream() as stream:
-        with pytest.raises(TeacherInternalError, match="'nobody', which is not waiting"):
+        with pytest.raises((TeacherInternalError, AlignmentError), match="'nobody'"):
             await stream.submit(sequence())
         with pytest.raises(AlignmentError, match="nobody"):
             await client.score([sequence()])
@@ -598,8 +582,8 @@ async def test_an_answer_to_another_question_is_refused():
 class TeacherThread:
     """A scripted teacher in a thread of its own, for tests that block."""
 
-    def __init__(self, script: Script) -> None:
-        self.teacher = FakeTeacher(script)
+    def __init__(self, teacher_type: type[FakeTeacher], script: Script) -> None:
+        self.teacher = teacher_type(script)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
@@ -618,8 +602,11 @@ class TeacherThread:
         self._loop.close()
 
 
-def test_the_blocking_facade_scores_from_many_threads():
-    with TeacherThread(Script()) as server, RemoteTeacher.connect([server.url], temperature=0.5) as teacher:
+def test_the_blocking_facade_scores_from_many_threads(teacher_type):
+    with (
+        TeacherThread(teacher_type, Script()) as server,
+        RemoteTeacher.connect([server.url], temperature=0.5) as teacher,
+    ):
         futures: dict[int, Future[SequenceScores]] = {}
 
         def submit(first: int) -> None:
@@ -642,17 +629,17 @@ def test_the_blocking_facade_scores_from_many_threads():
         assert teacher.waiting_reason == ""
 
 
-def test_futures_fail_when_the_time_is_up():
+def test_futures_fail_when_the_time_is_up(teacher_type):
     script = Script(answer_nothing=True)
-    with TeacherThread(script) as server, RemoteTeacher.connect(server.url, timeout_s=0.2) as teacher:
+    with TeacherThread(teacher_type, script) as server, RemoteTeacher.connect(server.url, timeout_s=0.2) as teacher:
         futures = [teacher.submit(sequence(index)) for index in range(3)]
         for future in futures:
             with pytest.raises(TeacherUnavailableError, match="no progress"):
                 future.result()
 
 
-def test_closing_the_facade_fails_pending_futures_and_refuses_new_ones():
-    with TeacherThread(Script(answer_nothing=True)) as server:
+def test_closing_the_facade_fails_pending_futures_and_refuses_new_ones(teacher_type):
+    with TeacherThread(teacher_type, Script(answer_nothing=True)) as server:
         teacher = RemoteTeacher.connect(server.url)
         futures = [teacher.submit(sequence(index)) for index in range(3)]
         teacher.close()
@@ -664,8 +651,11 @@ def test_closing_the_facade_fails_pending_futures_and_refuses_new_ones():
             teacher.submit(sequence())
 
 
-def test_a_cancelled_future_gives_up_its_answer_only():
-    with TeacherThread(Script(hold_answers_until=2)) as server, RemoteTeacher.connect(server.url) as teacher:
+def test_a_cancelled_future_gives_up_its_answer_only(teacher_type):
+    with (
+        TeacherThread(teacher_type, Script(hold_answers_until=2)) as server,
+        RemoteTeacher.connect(server.url) as teacher,
+    ):
         given_up = teacher.submit(sequence(0))
         assert given_up.cancel()
         kept = teacher.submit(sequence(1))
@@ -674,13 +664,14 @@ def test_a_cancelled_future_gives_up_its_answer_only():
         assert_answers(kept.result(), sequence(1))
 
 
-def test_an_interrupt_while_waiting_for_a_teacher_ends_the_program_quietly():
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_an_interrupt_while_waiting_for_a_teacher_ends_the_program_quietly(scheme):
     program = (
         "import signal, threading, os\n"
         "from vopd_client.teacher import RemoteTeacher\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try:\n"
-        "    RemoteTeacher.connect('grpc://127.0.0.1:1', timeout_s=600)\n"
+        f"    RemoteTeacher.connect('{scheme}://127.0.0.1:1', timeout_s=600)\n"
         "except KeyboardInterrupt:\n"
         "    print('interrupted')\n"
     )
@@ -688,8 +679,8 @@ def test_an_interrupt_while_waiting_for_a_teacher_ends_the_program_quietly():
     assert (ended.stdout, ended.stderr, ended.returncode) == ("interrupted\n", "", 0)
 
 
-def test_a_program_that_forgets_to_close_its_teacher_ends_quietly():
-    with TeacherThread(Script()) as server:
+def test_a_program_that_forgets_to_close_its_teacher_ends_quietly(teacher_type):
+    with TeacherThread(teacher_type, Script()) as server:
         program = (
             "import numpy as np\n"
             "from vopd_client.teacher import RemoteTeacher\n"
@@ -702,10 +693,11 @@ def test_a_program_that_forgets_to_close_its_teacher_ends_quietly():
         assert (ended.stdout, ended.stderr, ended.returncode) == ("done\n", "", 0)
 
 
-async def test_who_waits_for_a_connection_when_the_client_closes_is_told():
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_who_waits_for_a_connection_when_the_client_closes_is_told(scheme):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        client = TeacherClient(f"grpc://127.0.0.1:{unused.getsockname()[1]}", timeout_s=600)
+        client = TeacherClient(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}", timeout_s=600)
         waiting = asyncio.create_task(client.connect())
         await until(lambda: client.waiting_reason != "")
         await client.close()
@@ -713,14 +705,28 @@ async def test_who_waits_for_a_connection_when_the_client_closes_is_told():
             await waiting
 
 
-def test_a_loopback_teacher_is_not_asked_through_a_proxy(monkeypatch):
+def test_a_loopback_teacher_is_not_asked_through_a_proxy(monkeypatch, teacher_type):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    with TeacherThread(Script()) as server, RemoteTeacher.connect(server.url, timeout_s=20) as teacher:
+    with TeacherThread(teacher_type, Script()) as server, RemoteTeacher.connect(server.url, timeout_s=20) as teacher:
         assert teacher.info.vocab_size > 0
 
 
 # ---------------------------------------------------------------- the real teacher
+
+
+@pytest.fixture(params=["grpc", "http"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def url_of(server: RunningTeacher, scheme: str) -> str:
+    return server.url if scheme == "grpc" else server.http_url
+
+
+def ports_of(server: RunningTeacher) -> dict[str, int]:
+    return {"port": server.port, "http_port": int(server.http_url.rpartition(":")[2])}
 
 
 def real_sequences() -> list[SequenceToScore]:
@@ -741,9 +747,9 @@ def assert_equal_scores(first: list[SequenceScores], second: list[SequenceScores
         np.testing.assert_array_equal(one.support_ids, other.support_ids)
 
 
-def test_a_real_teacher_gives_the_same_scores_by_request_and_by_stream(tiny_model_dir: Path):
+def test_a_real_teacher_gives_the_same_scores_by_request_and_by_stream(scheme: str, tiny_model_dir: Path):
     asked = real_sequences()
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(server.url, window=16) as teacher:
+    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme), window=16) as teacher:
         streamed = [future.result() for future in [teacher.submit(question) for question in asked]]
         assert_equal_scores(teacher.score(asked), streamed, tolerance_nats=1e-4)
         assert streamed[1].counts_T.tolist() == [5] * 30
@@ -753,44 +759,46 @@ def test_a_real_teacher_gives_the_same_scores_by_request_and_by_stream(tiny_mode
         assert tokenizer_json
 
 
-def test_a_real_teacher_killed_in_the_middle_and_restarted_gives_the_same_bits(tiny_model_dir: Path):
+def test_a_real_teacher_killed_in_the_middle_and_restarted_gives_the_same_bits(scheme: str, tiny_model_dir: Path):
     asked = real_sequences()
     with start_teacher(tiny_model_dir, "--deterministic") as server:
-        with RemoteTeacher.connect(server.url, window=8) as teacher:
+        with RemoteTeacher.connect(url_of(server, scheme), window=8) as teacher:
             undisturbed = [future.result() for future in [teacher.submit(question) for question in asked]]
             futures = [teacher.submit(question) for question in asked]
             futures[5].result()
             server.kill()
-            with start_teacher(tiny_model_dir, "--deterministic", port=server.port):
+            with start_teacher(tiny_model_dir, "--deterministic", **ports_of(server)):
                 disturbed = [future.result() for future in futures]
         assert_equal_scores(undisturbed, disturbed, tolerance_nats=0)
 
 
-def test_a_real_teacher_that_drains_answers_what_it_took_and_the_rest_waits(tiny_model_dir: Path):
+def test_a_real_teacher_that_drains_answers_what_it_took_and_the_rest_waits(scheme: str, tiny_model_dir: Path):
     asked = real_sequences()
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(server.url, window=8) as teacher:
+    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme), window=8) as teacher:
         futures = [teacher.submit(question) for question in asked]
         futures[5].result()
         server.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-        with start_teacher(tiny_model_dir, port=server.port):
+        with start_teacher(tiny_model_dir, **ports_of(server)):
             answers = [future.result() for future in futures]
         assert [len(answer.sampled_logprobs_T) for answer in answers] == [30] * 60
 
 
-def test_a_real_teacher_with_other_weights_is_refused_after_a_restart(tiny_model_dir: Path, tmp_path: Path):
+def test_a_real_teacher_with_other_weights_is_refused_after_a_restart(
+    scheme: str, tiny_model_dir: Path, tmp_path: Path
+):
     from tiny_model import write_tiny_model
 
     other = write_tiny_model(tmp_path / "other", seed=1)
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(server.url) as teacher:
+    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme)) as teacher:
         teacher.submit(real_sequences()[0]).result()
         server.kill()
-        with start_teacher(other, port=server.port), pytest.raises(HandshakeError, match="model revision"):
+        with start_teacher(other, **ports_of(server)), pytest.raises(HandshakeError, match="model revision"):
             teacher.submit(real_sequences()[0]).result()
 
 
-def test_a_real_teacher_names_the_field_that_is_wrong(tiny_model_dir: Path):
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(server.url) as teacher:
+def test_a_real_teacher_names_the_field_that_is_wrong(scheme: str, tiny_model_dir: Path):
+    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme)) as teacher:
         wrong = SequenceToScore(np.array([1]), np.array([100_000]))
         with pytest.raises(TeacherRequestError, match="completion_ids"):
             teacher.submit(wrong).result()

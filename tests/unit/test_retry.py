@@ -196,6 +196,29 @@ def test_a_message_that_is_too_large_is_not_tried_again():
     assert isinstance(failure.to_error(), TeacherRequestError)
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (REFUSED.message, "connection refused"),
+        (
+            "failed to connect to all addresses; last error: INTERNAL: ipv4:127.0.0.1:5: Failed parsing HTTP/2 "
+            "(Expected SETTINGS frame as the first frame, got frame type 80) (Trying to connect an http1.x server)",
+            "HTTP/1.1 is spoken there, not gRPC: write http://",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:5: Tls handshake failed "
+            "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:100000f7:SSL routines:OPENSSL_internal:WRONG_VERSION_NUMBER",
+            "Tls handshake failed: no TLS is spoken there; grpc:// and http:// are without",
+        ),
+        ("", "unavailable"),
+        ("draining\nand more", "draining"),
+        ("x" * 200, "x" * 119 + "…"),
+    ],
+)
+def test_the_reason_fits_a_line_and_says_what_helps(message, reason):
+    assert Failure(grpc.StatusCode.UNAVAILABLE, message).reason == reason
+
+
 def test_a_failed_sequence_names_its_field_and_keeps_its_delay():
     failure = failure_of_sequence(pb.ScoreFailure(code=3, message="too long", field="completion_ids"))
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT

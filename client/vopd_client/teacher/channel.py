@@ -1,52 +1,51 @@
-"""Addresses, encryption, API keys and channel options: everything about a connection but its use."""
+"""Addresses, API keys and certificates: everything about a connection that is known before it is made."""
 
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
-import grpc
-import grpc.aio
-
 from vopd_client.errors import ConfigError
-from vopd_proto import MAX_MESSAGE_BYTES
 
-KEEPALIVE_INTERVAL_S = 20
-KEEPALIVE_TIMEOUT_S = 10
+Scheme = Literal["grpc", "grpcs", "http", "https"]
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A machine that vanished sends no reset: without pings its connection looks idle for ever.
-    ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_S * 1000),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
-    # A long prefill is minutes without a byte in either direction; the pings go on.
-    ("grpc.http2.max_pings_without_data", 0),
-    # Retries are ours: gRPC's stop at small buffered messages and know no overall time-out.
-    ("grpc.enable_retries", 0),
-    # A reconnect opens a new channel, which must not inherit the old one's back-off.
-    ("grpc.use_local_subchannel_pool", 1),
-)
+DEFAULT_PORTS: dict[str, int] = {"http": 80, "https": 443}  # gRPC has none, and no paths
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a teacher listens, and whether the way there is encrypted."""
+    """Where a teacher listens, and what it speaks there.
 
+    prefix: path that a gateway puts in front of the teacher's own, without a slash at its end; HTTP only.
+    """
+
+    scheme: Scheme
     host: str
     port: int
-    secure: bool
+    prefix: str = ""
+
+    @property
+    def secure(self) -> bool:
+        """Whether the way there is encrypted."""
+        return self.scheme in ("grpcs", "https")
+
+    @property
+    def speaks_http(self) -> bool:
+        return self.scheme in ("http", "https")
 
     @property
     def target(self) -> str:
         """`host:port` as gRPC and people write it; IPv6 in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{self._bracketed_host}:{self.port}"
 
     @property
     def url(self) -> str:
-        return f"{'grpcs' if self.secure else 'grpc'}://{self.target}"
+        has_default_port = DEFAULT_PORTS.get(self.scheme) == self.port
+        return f"{self.scheme}://{self._bracketed_host if has_default_port else self.target}{self.prefix}"
 
     @property
     def is_loopback(self) -> bool:
@@ -58,9 +57,14 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def _bracketed_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
 
 def parse_url(url: str) -> Address:
-    """The address in `grpc://host:port` (plain) or `grpcs://host:port` (TLS).
+    """The address in `grpc://host:port` or `http://host[:port][/prefix]`; `grpcs://` and `https://` are the same
+    over TLS.
 
     Raises: ConfigError naming what is wrong with the URL.
     """
@@ -69,18 +73,24 @@ def parse_url(url: str) -> Address:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"teacher URL {url!r}: {error}") from error
-    if parts.scheme not in ("grpc", "grpcs") or "://" not in url:
+    if "://" not in url or parts.scheme not in get_args(Scheme):
         raise ConfigError(
-            f"teacher URL {url!r}: write grpc://host:port, or grpcs://host:port over TLS "
-            "(this version speaks no other protocol)"
+            f"teacher URL {url!r}: write grpc://host:port or http://host:port, or over TLS grpcs:// or https://"
         )
     if not parts.hostname:
         raise ConfigError(f"teacher URL {url!r} names no host")
-    if not port:
+    if parts.username is not None:  # not shown: a password may stand there
+        raise ConfigError(f"teacher URL of {parts.hostname} holds a user name; a key belongs into api_key_file")
+    if port is None and parts.scheme not in DEFAULT_PORTS:
         raise ConfigError(f"teacher URL {url!r} names no port; the teacher's default is 50051")
-    if parts.username is not None or parts.path.rstrip("/") or parts.query or parts.fragment:
+    if port == 0:
+        raise ConfigError(f"teacher URL {url!r} names port 0, at which nothing listens")
+    prefix = parts.path.rstrip("/")
+    if parts.scheme not in DEFAULT_PORTS and (prefix or parts.query or parts.fragment):
         raise ConfigError(f"teacher URL {url!r} has more than scheme, host and port")
-    return Address(parts.hostname, port, secure=parts.scheme == "grpcs")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"teacher URL {url!r} has a query or a fragment")
+    return Address(cast(Scheme, parts.scheme), parts.hostname, port or DEFAULT_PORTS[parts.scheme], prefix)
 
 
 def parse_urls(urls: str | list[str] | tuple[str, ...]) -> tuple[Address, ...]:
@@ -118,13 +128,13 @@ def check_key_may_travel(addresses: tuple[Address, ...], *, plaintext: bool) -> 
     exposed = [address.url for address in addresses if not (address.secure or address.is_loopback)]
     if exposed and not plaintext:
         raise ConfigError(
-            f"the API key would travel unencrypted to {', '.join(exposed)}: use grpcs://, "
+            f"the API key would travel unencrypted to {', '.join(exposed)}: use grpcs:// or https://, "
             "or say plaintext if the network in between is trusted"
         )
 
 
 def read_tls_roots(path: Path | None) -> bytes | None:
-    """The certificate authorities in a PEM file; None: the ones that gRPC ships.
+    """The certificate authorities in a PEM file; None: those that the transport knows by itself.
 
     Raises: ConfigError when the file cannot be read or holds no certificate.
     """
@@ -136,19 +146,14 @@ def read_tls_roots(path: Path | None) -> bytes | None:
         raise ConfigError(f"TLS CA file {path}: {error}") from error
     if b"BEGIN CERTIFICATE" not in pem:
         raise ConfigError(f"TLS CA file {path} holds no PEM certificate")
+    try:
+        tls_context(pem)
+    except ssl.SSLError as error:
+        raise ConfigError(f"TLS CA file {path} holds a damaged certificate: {error}") from error
     return pem
 
 
-def open_channel(address: Address, *, tls_roots: bytes | None = None) -> grpc.aio.Channel:
-    """A new channel; nothing is sent before the first call."""
-    # gRPC would send loopback traffic, key included, to the proxy that `http_proxy` names.
-    options = (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if address.is_loopback else CHANNEL_OPTIONS
-    if not address.secure:
-        return grpc.aio.insecure_channel(address.target, options=options)
-    credentials = grpc.ssl_channel_credentials(root_certificates=tls_roots)
-    return grpc.aio.secure_channel(address.target, credentials, options=options)
-
-
-def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes with every call."""
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+def tls_context(roots: bytes) -> ssl.SSLContext:
+    """Trusts the certificate authorities in this PEM text and no others. Raises: ssl.SSLError."""
+    # Bundles carry names as remarks between the certificates, which need not be ASCII as the certificates are.
+    return ssl.create_default_context(cadata=roots.decode("ascii", "ignore"))

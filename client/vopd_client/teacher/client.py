@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
 
 from vopd_client.errors import AlignmentError, HandshakeError, TeacherUnavailableError
 from vopd_client.handshake import check_revision
-from vopd_client.teacher.channel import check_key_may_travel, parse_urls, read_tls_roots
+from vopd_client.teacher.channel import Address, check_key_may_travel, parse_urls, read_tls_roots
 from vopd_client.teacher.codec import FLOAT_TYPES, FloatTypeName, decode_scores
 from vopd_client.teacher.connector import Connection, Connector
+from vopd_client.teacher.grpc_transport import GrpcTransport
+from vopd_client.teacher.http_transport import HttpTransport
 from vopd_client.teacher.patience import Patience, Timing
 from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
-from vopd_client.teacher.status import failure_of_call
-from vopd_client.teacher.stream import ScoreStream, Traffic
+from vopd_client.teacher.stream import ScoreStream
+from vopd_client.teacher.transport import CallFailed, Traffic, Transport
 from vopd_client.types import SequenceScores, SequenceToScore, TeacherInfo
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.fingerprint import tokenizer_fingerprint
@@ -54,7 +55,8 @@ class TeacherClient:
     ) -> None:
         """Checks the settings; `connect` is what reaches out.
 
-        urls: `grpc://host:port` or `grpcs://host:port`; several are replicas of one teacher.
+        urls: `grpc://host:port` or `http://host[:port]`, over TLS `grpcs://` or `https://`; several are replicas of
+            one teacher, and need not speak the same.
         window: sequences of a stream that are sent and not yet answered, at most.
         expected_fingerprint, expected_revision: tokenizer and weights to insist on from the first connection.
 
@@ -65,11 +67,12 @@ class TeacherClient:
             check_key_may_travel(addresses, plaintext=plaintext)
         self._connector = Connector(
             addresses,
-            api_key=api_key,
-            tls_roots=read_tls_roots(tls_ca_file),
+            open_transport=self._open_transport,
             expected_fingerprint=expected_fingerprint,
             expected_revision=expected_revision,
         )
+        self._api_key = api_key
+        self._tls_roots = read_tls_roots(tls_ca_file)
         self._timeout_s = timeout_s
         self._window = window
         self._float_type = FLOAT_TYPES[float_type]
@@ -88,12 +91,12 @@ class TeacherClient:
 
     @property
     def bytes_sent(self) -> int:
-        """Serialised bytes of score requests, resent ones included."""
+        """Bytes of score requests, resent ones included: gRPC's messages, HTTP's bodies."""
         return self._traffic.bytes_sent
 
     @property
     def bytes_received(self) -> int:
-        """Serialised bytes of scores."""
+        """Bytes of their answers."""
         return self._traffic.bytes_received
 
     @property
@@ -130,11 +133,7 @@ class TeacherClient:
         """
 
         async def fetch(connection: Connection) -> pb.GetTokenizerResponse:
-            request = pb.GetTokenizerRequest()
-            response: pb.GetTokenizerResponse = await connection.stub.GetTokenizer(
-                request, metadata=connection.metadata
-            )
-            return response
+            return await connection.transport.get_tokenizer()
 
         response = await self._call(fetch)
         tokens = list(response.tokens)
@@ -186,7 +185,6 @@ class TeacherClient:
         stream = ScoreStream(
             self._connector,
             patience,
-            self._traffic,
             settings=pb.StreamSettings(
                 request_id=uuid.uuid4().hex, temperature=temperature, float_type=self._float_type
             ),
@@ -206,6 +204,17 @@ class TeacherClient:
             await stream.close()
         await self._connector.close()
 
+    def _open_transport(self, address: Address) -> Transport:
+        if not address.speaks_http:
+            return GrpcTransport(address, api_key=self._api_key, tls_roots=self._tls_roots, traffic=self._traffic)
+        return HttpTransport(
+            address,
+            api_key=self._api_key,
+            tls_roots=self._tls_roots,
+            traffic=self._traffic,
+            max_connections=self._window + MAX_CONCURRENT_REQUESTS,
+        )
+
     # ------------------------------------------------------------ unary calls
 
     async def _score_one_request(
@@ -216,10 +225,7 @@ class TeacherClient:
         patience: Patience,
     ) -> list[SequenceScores]:
         async def score(connection: Connection) -> pb.ScoreResponse:
-            self._traffic.bytes_sent += request.ByteSize()
-            response: pb.ScoreResponse = await connection.stub.Score(request, metadata=connection.metadata)
-            self._traffic.bytes_received += response.ByteSize()
-            return response
+            return await connection.transport.score(request)
 
         async with slots:
             response = await self._try_until_answered(score, patience)
@@ -253,16 +259,14 @@ class TeacherClient:
             async with self._connector.connection(patience) as connection:
                 try:
                     return await call(connection)
-                except grpc.aio.AioRpcError as error:
-                    failure, cause = failure_of_call(error), error
+                except CallFailed as error:
+                    if self._closed:
+                        raise TeacherUnavailableError("the teacher client was closed") from error
+                    failure, cause = error.failure, error
                     if not failure.is_retryable:
                         raise failure.to_error() from error
                     if failure.code is grpc.StatusCode.UNAVAILABLE:
                         self._connector.retire(connection)
-                except asyncio.CancelledError as error:
-                    if self._closed:  # closing a channel cancels its calls
-                        raise TeacherUnavailableError("the teacher client was closed") from error
-                    raise
             await patience.back_off(failure, cause, num_replicas=len(self._connector.addresses))
 
     @contextmanager

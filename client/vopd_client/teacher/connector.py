@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
-import grpc.aio
 
 from vopd_client.errors import HandshakeError, TeacherUnavailableError
 from vopd_client.handshake import check_same_teacher
-from vopd_client.teacher.channel import Address, call_metadata, open_channel
+from vopd_client.teacher.channel import Address
 from vopd_client.teacher.codec import teacher_info
 from vopd_client.teacher.patience import Patience
-from vopd_client.teacher.status import Failure, failure_of_call
+from vopd_client.teacher.status import Failure
+from vopd_client.teacher.transport import CallFailed, Transport
 from vopd_client.types import TeacherInfo
-from vopd_proto import MAX_MESSAGE_BYTES, teacher_pb2_grpc
-from vopd_proto import teacher_pb2 as pb
+from vopd_proto import MAX_MESSAGE_BYTES
 
 HANDSHAKE_TIMEOUT_S = 30.0
+# What gRPC and httpx2 say of a peer that ends the connection instead of answering, as one does that was spoken to
+# in another protocol than its own.
+HUNG_UP = frozenset({"Socket closed", "Server disconnected without sending a response."})
 
 
 @dataclass(eq=False)
 class Connection:
-    """A channel to one replica that passed the handshake."""
+    """The way to one replica that passed the handshake."""
 
     address: Address
-    channel: grpc.aio.Channel
-    stub: Any  # the generated TeacherStub, which has no types for grpc.aio
-    metadata: tuple[tuple[str, str], ...]
+    transport: Transport
     info: TeacherInfo
     num_users: int = field(default=0)
     retired: bool = field(default=False)
@@ -48,14 +47,12 @@ class Connector:
         self,
         addresses: tuple[Address, ...],
         *,
-        api_key: str | None,
-        tls_roots: bytes | None,
+        open_transport: Callable[[Address], Transport],
         expected_fingerprint: str | None,
         expected_revision: str | None,
     ) -> None:
         self.addresses = addresses
-        self._metadata = call_metadata(api_key)
-        self._tls_roots = tls_roots
+        self._open_transport = open_transport
         self._expected_fingerprint = expected_fingerprint
         self._expected_revision = expected_revision
         self._next_address = 0
@@ -67,7 +64,7 @@ class Connector:
 
     @asynccontextmanager
     async def connection(self, patience: Patience) -> AsyncIterator[Connection]:
-        """The current connection, opened if need be; its channel stays open while it is in use.
+        """The current connection, opened if need be; it stays open while it is in use.
 
         Raises: HandshakeError, TeacherPermissionError, TeacherUnavailableError.
         """
@@ -82,7 +79,7 @@ class Connector:
     def retire(self, connection: Connection) -> None:
         """Says that a connection broke: the next user gets one to the next replica.
 
-        The channel is closed by its last user, since closing it cancels their calls.
+        The transport is closed by its last user, since closing it cancels their calls.
         """
         connection.retired = True
         if self._current is connection:
@@ -90,10 +87,10 @@ class Connector:
             self._turn()
 
     async def close(self) -> None:
-        """Closes the current channel; calls on it are cancelled, and who waits for another one gets none."""
+        """Closes the current transport; calls on it are cancelled, and who waits for another one gets none."""
         self._closed = True
         if self._current is not None:
-            await self._current.channel.close()
+            await self._current.transport.close()
             self._current = None
 
     async def _get(self, patience: Patience) -> Connection:
@@ -104,11 +101,11 @@ class Connector:
                 try:
                     opened = await self._open(address)
                     if self._closed:
-                        await opened.channel.close()
+                        await opened.transport.close()
                     self._check_open()
                     self._current = opened
-                except grpc.aio.AioRpcError as error:
-                    failure = _handshake_failure(error, address)
+                except CallFailed as error:
+                    failure = _handshake_failure(error.failure, address)
                     if not failure.is_retryable:
                         raise failure.to_error() from error
                     self._turn()
@@ -124,16 +121,15 @@ class Connector:
 
     async def _open(self, address: Address) -> Connection:
         async with AsyncExitStack() as on_failure:
-            channel = open_channel(address, tls_roots=self._tls_roots)
-            on_failure.push_async_callback(channel.close)
-            stub = teacher_pb2_grpc.TeacherStub(channel)  # type: ignore[no-untyped-call]
-            response = await stub.GetInfo(pb.GetInfoRequest(), metadata=self._metadata, timeout=HANDSHAKE_TIMEOUT_S)
+            transport = self._open_transport(address)
+            on_failure.push_async_callback(transport.close)
+            response = await transport.get_info(timeout_s=HANDSHAKE_TIMEOUT_S)
             info = teacher_info(response)
             self._check(info, address)
             on_failure.pop_all()
         self.pinned = self.pinned or info
         self.max_message_bytes = min(response.limits.max_message_bytes or MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
-        return Connection(address, channel, stub, self._metadata, info)
+        return Connection(address, transport, info)
 
     def _check(self, info: TeacherInfo, address: Address) -> None:
         if self.pinned is not None:
@@ -147,14 +143,16 @@ class Connector:
                 raise HandshakeError(f"{address.url}: {name} {actual!r} instead of {expected!r}")
 
 
-def _handshake_failure(error: grpc.aio.AioRpcError, address: Address) -> Failure:
+def _handshake_failure(failure: Failure, address: Address) -> Failure:
     """GetInfo needs no accelerator: no answer in time means that nobody is there, not that it is busy."""
-    failure = failure_of_call(error)
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(grpc.StatusCode.UNAVAILABLE, f"{address.url} said nothing for {HANDSHAKE_TIMEOUT_S:g} s")
+    if failure.reason in HUNG_UP:
+        other = "grpcs:// is for gRPC" if address.secure else f"{address.scheme}s:// is for TLS"
+        return Failure(failure.code, f"{address.target} hung up before it answered; {other}")
     return failure
 
 
 async def _close_if_unused(connection: Connection) -> None:
     if connection.retired and not connection.num_users:
-        await connection.channel.close()
+        await connection.transport.close()

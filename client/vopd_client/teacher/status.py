@@ -1,4 +1,4 @@
-"""What went wrong with a call, from gRPC's status to this package's error tree."""
+"""What went wrong with a call: gRPC's codes, whatever the transport, and this package's error tree."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 
 import grpc
-import grpc.aio
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 
 from vopd_client.errors import (
     TeacherError,
@@ -45,9 +42,14 @@ ERROR_OF_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
 # "UNKNOWN: ipv4:127.0.0.1:50051: Failed to connect to remote host: connect: Connection refused (111)"
 _CONNECTION_PREFIX = re.compile(r"^[A-Z]+: ipv[46]:\S+: (Failed to connect to remote host: )?(connect: )?")
 
-# What grpc.aio makes of a write to a call that has just ended, in the place of the status it ended with. Trying
-# again meets that status itself if it is there to stay. A teacher's own INTERNAL has words of its own.
-_WRITE_FAILED = "Internal error from Core"
+# What gRPC says at length of a connection that cannot be made.
+_IN_OTHER_WORDS = {
+    "Connection refused": "connection refused",
+    "http1.x server": "HTTP/1.1 is spoken there, not gRPC: write http://",
+    "WRONG_VERSION_NUMBER": "Tls handshake failed: no TLS is spoken there; grpc:// and http:// are without",
+    "CERTIFICATE_VERIFY_FAILED": "Tls handshake failed: certificate not trusted; tls_ca_file names its authority",
+    "missing selected ALPN": "TLS is spoken there, but not gRPC: write https://",
+}
 
 _CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -65,7 +67,7 @@ class Failure:
 
     @property
     def is_too_large(self) -> bool:
-        """gRPC's own refusal of a message, under the code it shares with a full queue: waiting does not help.
+        """A transport's own refusal of a message, under the code it shares with a full queue: waiting does not help.
 
         Requests are measured before they are sent, so this is an answer beyond our limit, or a teacher
         behind something with a smaller one.
@@ -81,8 +83,7 @@ class Failure:
         """The message for a line on the screen: gRPC's chain of wrappers cut down to its cause."""
         cause = self.message.split("\n", 1)[0].rsplit("last error: ", 1)[-1]
         cause = _CONNECTION_PREFIX.sub("", cause).strip()
-        if cause.startswith("Connection refused"):
-            cause = "connection refused"
+        cause = next((words for sign, words in _IN_OTHER_WORDS.items() if sign in cause), cause)
         cause = cause or self.code.name.lower().replace("_", " ")
         return cause if len(cause) <= 120 else cause[:119] + "…"
 
@@ -91,12 +92,12 @@ class Failure:
             return TeacherRequestError(f"{self.message}: ask for a smaller support or shorter completions")
         return ERROR_OF_CODE[self.code](f"teacher answered {self.code.name}: {self.message}")
 
-
-def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
-    """The failure of a whole call, with the delay in its google.rpc.RetryInfo where it has one."""
-    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _WRITE_FAILED:
-        return Failure(grpc.StatusCode.UNAVAILABLE, "the connection broke while it was written to")
-    return Failure(error.code(), error.details() or "", _retry_delay_s(error))
+    def to_message(self, sequence_id: str) -> pb.ScoreFailure:
+        """The same as the failure of one sequence of a stream."""
+        number: int = self.code.value[0]
+        return pb.ScoreFailure(
+            sequence_id=sequence_id, code=number, message=self.message, retry_delay_s=self.retry_delay_s or 0.0
+        )
 
 
 def failure_of_sequence(failure: pb.ScoreFailure) -> Failure:
@@ -106,18 +107,3 @@ def failure_of_sequence(failure: pb.ScoreFailure) -> Failure:
     if failure.field and failure.field not in message:
         message = f"{failure.field}: {message}"
     return Failure(code, message, failure.retry_delay_s or None)
-
-
-def _retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
-    for key, value in error.trailing_metadata() or ():
-        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-        except DecodeError:
-            return None  # a proxy's own details: the code alone decides
-        for detail in status.details:
-            retry_info = error_details_pb2.RetryInfo()
-            if detail.Is(retry_info.DESCRIPTOR) and detail.Unpack(retry_info):
-                return float(retry_info.retry_delay.seconds) + float(retry_info.retry_delay.nanos) / 1e9
-    return None

@@ -1,14 +1,11 @@
-"""Scores over one bidirectional stream that outlives its connections."""
+"""Scores over one stream that outlives its connections, whatever they speak."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
-import grpc.aio
 
 from vopd_client.errors import TeacherError, TeacherInternalError, TeacherUnavailableError, VopdError
 from vopd_client.handshake import check_revision
@@ -17,18 +14,11 @@ from vopd_client.teacher.connector import Connection, Connector
 from vopd_client.teacher.outbox import Entry, Outbox
 from vopd_client.teacher.patience import Patience
 from vopd_client.teacher.requests import check_message_size
-from vopd_client.teacher.status import Failure, failure_of_call, failure_of_sequence
+from vopd_client.teacher.status import Failure, failure_of_sequence
+from vopd_client.teacher.transport import CallFailed, StreamCall
 from vopd_client.types import SequenceScores, SequenceToScore
 from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
-
-
-@dataclass
-class Traffic:
-    """Serialised bytes of score messages, both ways, resent ones included."""
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
 
 
 class ScoreStream:
@@ -42,7 +32,6 @@ class ScoreStream:
         self,
         connector: Connector,
         patience: Patience,
-        traffic: Traffic,
         *,
         settings: pb.StreamSettings,
         window: int,
@@ -51,7 +40,6 @@ class ScoreStream:
     ) -> None:
         self.patience = patience
         self._connector = connector
-        self._traffic = traffic
         self._settings = settings
         self._outbox = Outbox(window=window, max_context_tokens=max_context_tokens)
         self._sequence_ids = sequence_ids
@@ -134,7 +122,7 @@ class ScoreStream:
         """One connection's life: why it ended, where trying again can help."""
         self._refused = self._leaving = None
         self._opened.clear()
-        call = connection.stub.ScoreStream(metadata=connection.metadata)
+        call = connection.transport.open_stream()
         reader = asyncio.create_task(self._read(call, connection))
         writer = asyncio.create_task(self._write(call))
         try:
@@ -142,23 +130,22 @@ class ScoreStream:
             if not reader.done():
                 await writer  # raises what broke it; otherwise the call is over, and the reader knows why
             return await reader, None
-        except grpc.aio.AioRpcError as error:
-            failure = failure_of_call(error)
-            if not failure.is_retryable:
-                raise failure.to_error() from error
-            return failure, error
+        except CallFailed as error:
+            if not error.failure.is_retryable:
+                raise error.failure.to_error() from error
+            return error.failure, error
         finally:
             reader.cancel()
             writer.cancel()
-            call.cancel()
+            await call.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
 
     # ------------------------------------------------------------ sending
 
-    async def _write(self, call: Any) -> None:
+    async def _write(self, call: StreamCall) -> None:
         """Sends until the call is over; nothing but the settings before the server has shown its weights."""
         try:
-            await self._send(call, pb.ScoreStreamRequest(settings=self._settings))
+            await call.write(pb.ScoreStreamRequest(settings=self._settings))
             await self._opened.wait()
             while True:
                 if self._refused is not None:
@@ -167,25 +154,20 @@ class ScoreStream:
                 self._to_send.clear()
                 messages = self._outbox.next_messages()
                 for message in messages:
-                    await self._send(call, message)
+                    await call.write(message)
                 if not messages:
                     await self._to_send.wait()
-        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+        except CallFailed:
             return  # the call ended under us: its status is the reader's to report
-
-    async def _send(self, call: Any, message: pb.ScoreStreamRequest) -> None:
-        await call.write(message)
-        self._traffic.bytes_sent += message.ByteSize()
 
     # ------------------------------------------------------------ receiving
 
-    async def _read(self, call: Any, connection: Connection) -> Failure:
+    async def _read(self, call: StreamCall, connection: Connection) -> Failure:
         """Takes answers in until the stream ends or its replica is drained."""
         while not self._outbox.is_drained:
             response = await call.read()
-            if response is grpc.aio.EOF:
+            if response is None:
                 return Failure(grpc.StatusCode.UNAVAILABLE, f"{connection.address.url} ended the stream")
-            self._traffic.bytes_received += response.ByteSize()
             kind = response.WhichOneof("message")
             if kind == "opened":
                 where = connection.address.url

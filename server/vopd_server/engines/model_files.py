@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def look_up(model: str, revision: str | None, *, trust_remote_code: bool) -> Mod
     Raises: ConfigError for a name or a revision that the hub does not have; UnreachableError.
     """
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of every one of its attempts, twice
     try:
         path = cached_file(model, "config.json", revision=revision)
     except OSError as error:
