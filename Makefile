@@ -37,9 +37,9 @@ test: install model ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 # vLLM pins torch and transformers: an environment of its own. Its own warnings are not ours to be strict about.
-test-vllm: model ## The vLLM engine against the real vLLM, on the CPU
+test-vllm: install model ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
-	.venv-vllm/bin/python -m pytest -W default tests/with_vllm
+	.venv-vllm/bin/python -m pytest -W default tests/with_vllm tests/contract
 
 bench: install model ## Scored tokens a second and bytes a token, over the network
 	$(BIN)/python bench/scoring.py --model $(MODEL) --json bench/results/scoring.json
@@ -57,4 +57,4 @@ proto: install ## Write the stubs of proto/teacher.proto again
 	PYTHON=$(BIN)/python proto/generate.sh
 
 clean: ## Remove what the targets made, runs excepted
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-vllm .cache .mypy_cache .ruff_cache .pytest_cache

