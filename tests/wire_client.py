@@ -400,6 +400,15 @@ def checked_response(response: httpx2.Response, media_type: str = JSON) -> httpx
     )
 
 
+def refusal_of_response(response: httpx2.Response) -> Refusal:
+    """What an answer that must not be a 200 says."""
+    try:
+        checked_response(response)
+    except RefusedError as error:
+        return error.refusal
+    raise AssertionError(f"answered: {response.text[:200]}")
+
+
 def refusal_of(error: aio.AioRpcError) -> Refusal:
     """The status with what google.rpc.Status says beside it."""
     fields: dict[str, Any] = {}

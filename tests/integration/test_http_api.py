@@ -1,4 +1,4 @@
-"""What only HTTP has: bodies, content types, headers, clients that hang up, health, metrics, TLS.
+"""What only HTTP has: bodies, content types, headers, paths, clients that hang up.
 
 The real server on real sockets. What HTTP shares with gRPC is in test_bad_input.py and tests/contract.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,17 +15,12 @@ import grpc
 import httpx2
 import numpy as np
 import pytest
-import trustme
-from grpc import aio
 
 from fake_engine import FakeEngine, fake_logprobs_TV, fake_scores, until
 from fake_server import FakeTeacher, fake_teacher
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.config import ServerConfig
-from vopd_server.errors import ConfigError
-from vopd_server.lifecycle import TeacherServer
 from vopd_server.types import ScoreRequest, Scores
-from wire_client import JSON, PROTOBUF, Question, RefusedError, WireClient, checked_response, connect, score_request
+from wire_client import JSON, PROTOBUF, Question, RefusedError, checked_response, refusal_of_response, score_request
 
 CONTEXTS = [[1, 2, 3]]
 GOOD = Question([5, 6], name="good")
@@ -44,12 +37,6 @@ async def teacher() -> AsyncIterator[FakeTeacher]:
         (answer,) = await running.client.score_http_json(CONTEXTS, [GOOD])
         expected_TV = fake_logprobs_TV(np.asarray(CONTEXTS[0]), np.asarray(GOOD.completion))
         np.testing.assert_array_equal(answer.sampled_T, expected_TV[[0, 1], [5, 6]])
-
-
-async def refused(response: httpx2.Response) -> Any:
-    with pytest.raises(RefusedError) as error:
-        checked_response(response)
-    return error.value.refusal
 
 
 async def post(teacher: FakeTeacher, body: bytes | str, **headers: str) -> httpx2.Response:
@@ -96,7 +83,7 @@ def sequence(**fields: Any) -> str:
 async def test_json_that_is_wrong_is_refused_by_the_field(
     teacher: FakeTeacher, body: str, field: str, words: str
 ) -> None:
-    refusal = await refused(await post(teacher, body.encode("latin-1")))
+    refusal = refusal_of_response(await post(teacher, body.encode("latin-1")))
     assert (refusal.http_status, refusal.code, refusal.field) == (422, grpc.StatusCode.INVALID_ARGUMENT, field)
     assert words in refusal.message
     assert len(refusal.message) <= 1024
@@ -104,7 +91,7 @@ async def test_json_that_is_wrong_is_refused_by_the_field(
 
 
 async def test_hidden_states_are_refused_by_naming_what_there_is(teacher: FakeTeacher) -> None:
-    refusal = await refused(await post(teacher, sequence(hidden_states=True)))
+    refusal = refusal_of_response(await post(teacher, sequence(hidden_states=True)))
     assert (refusal.http_status, refusal.code) == (409, grpc.StatusCode.FAILED_PRECONDITION)
     assert "it has candidates, sampled, teacher_top_k" in refusal.message
 
@@ -140,14 +127,14 @@ async def test_every_float32_comes_back_as_it_was_and_minus_infinity_is_a_string
 
 @pytest.mark.parametrize("content_type", ["text/plain", "", "application/jsonx", "multipart/form-data; boundary=x"])
 async def test_another_content_type_is_refused_by_naming_ours(teacher: FakeTeacher, content_type: str) -> None:
-    refusal = await refused(await post(teacher, json.dumps(GOOD_BODY), Content_Type=content_type))
+    refusal = refusal_of_response(await post(teacher, json.dumps(GOOD_BODY), Content_Type=content_type))
     assert (refusal.http_status, refusal.field) == (415, "Content-Type")
     assert "send application/json or application/x-protobuf" in refusal.message
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
 async def test_a_compressed_body_is_refused_unread(teacher: FakeTeacher, coding: str) -> None:
-    refusal = await refused(await post(teacher, b"\x1f\x8b" + b"\0" * 100, Content_Encoding=coding))
+    refusal = refusal_of_response(await post(teacher, b"\x1f\x8b" + b"\0" * 100, Content_Encoding=coding))
     assert (refusal.http_status, refusal.field) == (415, "Content-Encoding")
 
 
@@ -182,7 +169,7 @@ async def test_a_body_over_the_limit_is_refused_and_the_server_lives_on(is_decla
 
         for media_type in (JSON, PROTOBUF):
             content: Any = b" " * (2**21 + 1) if is_declared else chunks()
-            refusal = await refused(
+            refusal = refusal_of_response(
                 await teacher.client.http.post("/v1/score", content=content, headers={"Content-Type": media_type})
             )
             assert (refusal.http_status, refusal.field) == (413, "body")
@@ -192,7 +179,7 @@ async def test_a_body_over_the_limit_is_refused_and_the_server_lives_on(is_decla
 
 async def test_json_is_bounded_more_tightly_than_protobuf_both_ways() -> None:
     async with fake_teacher(FakeEngine()) as teacher:
-        refusal = await refused(await post(teacher, b" " * (2**24 + 1)))
+        refusal = refusal_of_response(await post(teacher, b" " * (2**24 + 1)))
         assert (refusal.http_status, refusal.field) == (413, "body")
         question = Question([1] * 8192, k=256)  # 16.8 MB of protobuf
         with pytest.raises(RefusedError, match="the bound on answers in JSON 16777216"):
@@ -246,7 +233,7 @@ async def test_bytes_that_are_no_http_hurt_nobody(teacher: FakeTeacher) -> None:
 
 @pytest.mark.parametrize("told", ["soon", "nan", "inf", "0", "-1", "1s"])
 async def test_a_timeout_that_is_no_number_of_seconds_is_refused(teacher: FakeTeacher, told: str) -> None:
-    refusal = await refused(await post(teacher, json.dumps(GOOD_BODY), Request_Timeout=told))
+    refusal = refusal_of_response(await post(teacher, json.dumps(GOOD_BODY), Request_Timeout=told))
     assert (refusal.http_status, refusal.field) == (422, "Request-Timeout")
 
 
@@ -284,7 +271,7 @@ async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(
     }
     with caplog.at_level("DEBUG"):
         checked_response(await post(teacher, json.dumps(body)))
-        await refused(await post(teacher, json.dumps(body | {"sequences": [{"completion_ids": [27100]}]})))
+        refusal_of_response(await post(teacher, json.dumps(body | {"sequences": [{"completion_ids": [27100]}]})))
     answered, wrong = (vars(record) for record in caplog.records if record.getMessage() == "Score")
     assert (answered["transport"], answered["request_id"], answered["code"]) == ("http", "find-me", "OK")
     assert (answered["num_sequences"], answered["num_tokens"]) == (1, 4)
@@ -309,154 +296,5 @@ async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(
 async def test_another_path_or_method_is_told_like_any_error(
     teacher: FakeTeacher, method: str, path: str, status: int, code: grpc.StatusCode
 ) -> None:
-    refusal = await refused(await teacher.client.http.request(method, path))
+    refusal = refusal_of_response(await teacher.client.http.request(method, path))
     assert (refusal.http_status, refusal.code) == (status, code)
-
-
-async def test_readiness_follows_the_engine_and_liveness_does_not() -> None:
-    engine = FakeEngine()
-    engine.hold()
-    server = TeacherServer(ServerConfig(model="fake", port=0, http_port=0, admin_port=0), engine)
-    await server.start()
-    loading = asyncio.create_task(server.load())
-    try:
-        async with connect(server.url, server.http_url) as client, httpx2.AsyncClient(trust_env=False) as admin:
-
-            async def told() -> list[tuple[int, str]]:
-                responses = [
-                    await http.get(f"{url}{path}")
-                    for http, url in ((client.http, ""), (admin, server.admin_url))
-                    for path in ("/healthz", "/readyz")
-                ]
-                return [(response.status_code, response.text) for response in responses]
-
-            assert await told() == [(200, "ok\n"), (503, "starting\n")] * 2
-            refusal = await refused(await client.http.get("/v1/info"))
-            assert (refusal.http_status, refusal.retry_delay_s) == (503, 2.0)
-            engine.let_go()
-            await loading
-            assert await told() == [(200, "ok\n"), (200, "ready\n")] * 2
-            engine.hold()
-            asking = asyncio.create_task(client.score_http_json(CONTEXTS, [GOOD]))
-            await until(lambda: engine.num_running == 1)
-            draining = asyncio.create_task(server.drain(10))
-            await until(lambda: server.service.state == "draining")
-            assert await told() == [(200, "ok\n"), (503, "draining\n")] * 2
-            with pytest.raises(RefusedError, match="shutting down"):
-                await client.score_http_json(CONTEXTS, [GOOD])
-            engine.let_go()
-            await asking
-            assert await draining
-    finally:
-        await server.close()
-
-
-async def test_the_admin_listener_has_the_metrics_and_clients_do_not() -> None:
-    async with fake_teacher(admin_port=0) as teacher, httpx2.AsyncClient(trust_env=False) as admin:
-        await teacher.client.score(CONTEXTS, [GOOD])
-        await teacher.client.score_http_json(CONTEXTS, [GOOD, GOOD])
-        with pytest.raises(RefusedError):
-            await teacher.client.score_http_json(CONTEXTS, [Question([999])])
-        response = await admin.get(f"{teacher.server.admin_url}/metrics")
-        numbers = {
-            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-            for line in response.text.splitlines()
-            if not line.startswith("#")
-        }
-        assert response.headers["content-type"].startswith("text/plain")
-        assert numbers['vopd_calls_total{code="OK",method="Score",transport="grpc"}'] == 1
-        assert numbers['vopd_calls_total{code="OK",method="Score",transport="http"}'] == 1
-        assert numbers['vopd_calls_total{code="INVALID_ARGUMENT",method="Score",transport="http"}'] == 1
-        assert numbers["vopd_sequences_scored_total"] == 3
-        assert numbers['vopd_tokens_total{part="context"}'] == 9
-        assert numbers['vopd_tokens_total{part="completion"}'] == 6
-        assert numbers['vopd_stage_seconds_sum{stage="engine"}'] == 1.5
-        assert (numbers["vopd_ready"], numbers["vopd_reserved_tokens"]) == (1, 0)
-        assert "process_resident_memory_bytes" in numbers
-        assert (await teacher.client.http.get("/metrics")).status_code == 404
-        assert (await admin.get(f"{teacher.server.admin_url}/v1/info")).status_code == 404
-
-
-# ---------------------------------------------------------------- listeners
-
-
-@pytest.mark.parametrize("listener", ["http_port", "admin_port"])
-async def test_a_port_that_is_taken_is_found_at_the_start(listener: str) -> None:
-    async with fake_teacher() as first:
-        taken = urlsplit(first.server.http_url).port
-        ports = {"port": 0, "http_port": 0, "admin_port": 0, listener: taken}
-        second = TeacherServer(ServerConfig(model="fake", **ports), FakeEngine())
-        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{taken}: Address already in use"):
-            await second.start()
-        await second.close()
-
-
-async def test_http_can_be_left_out() -> None:
-    async with fake_teacher(http_port=None) as teacher:
-        assert teacher.server.http_url == teacher.server.admin_url == ""
-        assert "http" not in teacher.server.describe()
-        await teacher.client.score(CONTEXTS, [GOOD])
-
-
-@pytest.fixture(scope="module")
-def tls_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and cert.pem with key.pem for 127.0.0.1."""
-    directory = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1", "localhost")
-    authority.cert_pem.write_to_path(directory / "ca.pem")
-    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
-    issued.private_key_pem.write_to_path(directory / "key.pem")
-    return directory
-
-
-async def test_with_a_certificate_both_transports_speak_tls_and_nothing_else(tls_dir: Path) -> None:
-    config = ServerConfig(
-        model="fake",
-        port=0,
-        http_port=0,
-        admin_port=None,
-        tls_cert_file=tls_dir / "cert.pem",
-        tls_key_file=tls_dir / "key.pem",
-    )
-    server = TeacherServer(config, FakeEngine())
-    await server.start()
-    await server.load()
-    try:
-        assert (server.url[:8], server.http_url[:8]) == ("grpcs://", "https://")
-        roots = ssl.create_default_context(cafile=str(tls_dir / "ca.pem"))
-        target = server.url.removeprefix("grpcs://")
-        credentials = grpc.ssl_channel_credentials((tls_dir / "ca.pem").read_bytes())
-        async with (
-            aio.secure_channel(target, credentials) as channel,
-            httpx2.AsyncClient(base_url=server.http_url, verify=roots, trust_env=False) as http,
-        ):
-            client = WireClient(channel, http)
-            over_grpc, over_http = await client.score(CONTEXTS, [GOOD]), await client.score_http_json(CONTEXTS, [GOOD])
-            np.testing.assert_array_equal(over_grpc[0].sampled_T, over_http[0].sampled_T)
-        async with httpx2.AsyncClient(trust_env=False) as plain:
-            with pytest.raises(httpx2.TransportError):
-                await plain.get(server.http_url.replace("https", "http") + "/healthz")
-    finally:
-        await server.close()
-
-
-@pytest.mark.parametrize("broken", ["tls_cert_file", "tls_key_file"])
-async def test_a_certificate_that_cannot_be_used_is_found_at_the_start(
-    tls_dir: Path, tmp_path: Path, broken: str
-) -> None:
-    path = tmp_path / "file.pem"
-
-    def start() -> None:
-        files = {"tls_cert_file": tls_dir / "cert.pem", "tls_key_file": tls_dir / "key.pem", broken: path}
-        TeacherServer(ServerConfig(model="fake", **files), FakeEngine())
-
-    with pytest.raises(ConfigError, match=rf"{broken} .*file\.pem: No such file"):
-        start()
-    path.write_text("no PEM")
-    with pytest.raises(ConfigError, match="not PEM, or damaged"):
-        start()
-    other = trustme.CA().issue_cert("127.0.0.1")
-    (other.cert_chain_pems[0] if broken == "tls_cert_file" else other.private_key_pem).write_to_path(path)
-    with pytest.raises(ConfigError, match="the key is not the certificate's"):
-        start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from importlib.metadata import entry_points
 
 import pytest
@@ -53,6 +54,7 @@ def test_it_does_nothing_where_no_server_is_named(told: str | None) -> None:
 def test_the_server_does_not_watch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SERVER_PID_VARIABLE, str(os.getpid()))
     end_with_the_server()
+    assert "vopd-server-watch" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_vllm_finds_it() -> None:
