@@ -130,9 +130,13 @@ class TeacherServer:
     async def close(self) -> None:
         """Ends what is left and frees the model."""
         is_idle = self.service.is_idle
-        ending = [listener.stop(is_idle=is_idle) for listener in (self._http, self._admin) if listener is not None]
-        await asyncio.gather(self._server.stop(FLUSH_GRACE_S if is_idle else 0), *ending)
+        ending = [self._server.stop(FLUSH_GRACE_S if is_idle else 0)]
+        if self._http is not None:
+            ending.append(self._http.stop(is_idle=is_idle))
+        await asyncio.gather(*ending)
         await self.service.close()
+        if self._admin is not None:  # the last: an operator may want to see what takes so long
+            await self._admin.stop(is_idle=True)
 
     def describe(self) -> str:
         """One line for people, and for whoever waits for the address."""
