@@ -143,7 +143,14 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool) -> None:
+def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest, score = [], ScoringModel.score
+
+    def spy(model: ScoringModel, requests: Sequence[ScoreRequest], states: Any) -> Any:
+        longest.append(max(request.num_tokens for request in requests))
+        return score(model, requests, states)
+
+    monkeypatch.setattr(ScoringModel, "score", spy)
     loaded = load_model(
         str(tiny_model_dir),
         revision=None,
@@ -155,6 +162,8 @@ def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool) -
     warm_up(
         scoring_model(loaded), max_context_length=40, max_batch_tokens=200, max_top_k=500, deterministic=deterministic
     )
+    assert len(longest) >= 2
+    assert set(longest) == {40}
 
 
 async def test_a_cpu_is_not_warmed_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
