@@ -1,6 +1,6 @@
 """What travels between student, teacher and trainer: frozen, torch-free, numpy only.
 
-Axes: C context tokens, T completion tokens, K support size, V vocabulary.
+Axes: C context tokens, T completion tokens, K support size, V vocabulary, H hidden size.
 Row t of every score belongs to completion token t. Natural log, nats.
 """
 
@@ -33,7 +33,12 @@ class Candidates:
     counts_T: IntArray
 
 
-Support = NoSupport | TeacherTopK | Candidates
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """Ask for final hidden states, which the teacher's output head turns into the whole distribution."""
+
+
+Support = NoSupport | TeacherTopK | Candidates | HiddenStates
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,13 +56,14 @@ class SequenceScores:
 
     The support is ragged whatever was asked for: `counts_T[t]` ids and log-probabilities belong to row t
     (all zero when no support was asked for), in the request's order for candidates, most likely first
-    for the teacher's top-k.
+    for the teacher's top-k. Hidden states come where they were asked for, [T, H], and are None elsewhere.
     """
 
     sampled_logprobs_T: Float32Array
     support_ids: IntArray
     support_logprobs: Float32Array
     counts_T: IntArray
+    hidden_states_TH: Float32Array | None = None
     queue_time_s: float = 0.0
     engine_time_s: float = 0.0
 
@@ -90,6 +96,7 @@ class TeacherInfo:
     max_sequences_per_request: int
     max_tokens_per_request: int
     max_support_size: int
+    head_sha256: str  # of the file with the output head; empty: not given away
 
 
 class Teacher(Protocol):

@@ -240,7 +240,7 @@ class Supports(_message.Message):
     def __init__(self, sampled: bool = ..., teacher_top_k: bool = ..., candidates: bool = ..., hidden_states: bool = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("model_id", "model_revision", "tokenizer", "chat_template", "vocab_size", "max_context_length", "dtype", "engine", "engine_version", "supports", "any_temperature", "deterministic", "limits", "server_version", "hidden_size")
+    __slots__ = ("model_id", "model_revision", "tokenizer", "chat_template", "vocab_size", "max_context_length", "dtype", "engine", "engine_version", "supports", "any_temperature", "deterministic", "limits", "server_version", "hidden_size", "head_sha256")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +256,7 @@ class GetInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_revision: str
     tokenizer: TokenizerInfo
@@ -271,7 +272,8 @@ class GetInfoResponse(_message.Message):
     limits: Limits
     server_version: str
     hidden_size: int
-    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., chat_template: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., supports: _Optional[_Union[Supports, _Mapping]] = ..., any_temperature: bool = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    head_sha256: str
+    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., chat_template: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., supports: _Optional[_Union[Supports, _Mapping]] = ..., any_temperature: bool = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., hidden_size: _Optional[int] = ..., head_sha256: _Optional[str] = ...) -> None: ...
 
 class GetTokenizerRequest(_message.Message):
     __slots__ = ()
@@ -290,7 +292,9 @@ class GetHeadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetHeadResponse(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "num_bytes")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    num_bytes: int
+    def __init__(self, data: _Optional[bytes] = ..., num_bytes: _Optional[int] = ...) -> None: ...

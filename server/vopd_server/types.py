@@ -7,6 +7,7 @@ Row t of every score belongs to completion token t. Natural log, nats.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -73,18 +74,32 @@ class Scores:
     support_logprobs: teacher_top_k: [T, k] most likely first; candidates: [sum of counts], aligned with
         the request's ids; otherwise None.
     support_ids_TK: [T, k], teacher_top_k only.
+    hidden_states_TH: [T, H] float32, hidden_states only; the values are the model's own, whatever its dtype.
     """
 
     sampled_logprobs_T: Float32Array
     support_logprobs: Float32Array | None = None
     support_ids_TK: IntArray | None = None
+    hidden_states_TH: Float32Array | None = None
     queue_time_s: float = 0.0
     engine_time_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
+class HeadFile:
+    """The model's output head as a safetensors file, laid out as teacher.proto says under GetHeadResponse."""
+
+    path: Path
+    sha256: str  # hexadecimal, of the whole file
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is and can do."""
+    """What an engine is and can do.
+
+    head: where it is given away; `supports` then holds hidden_states, and otherwise does not.
+    """
 
     model_id: str
     model_revision: str
@@ -97,6 +112,7 @@ class EngineInfo:
     supports: frozenset[SupportKind]
     any_temperature: bool
     deterministic: bool
+    head: HeadFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
