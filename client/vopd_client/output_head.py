@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vopd_client.errors import ConfigError
-from vopd_client.linear_logprobs import full_logprobs
+from vopd_client.linear_logprobs import Logits, full_logprobs
 
 # fp32 against fp32 over the same weights: what remains is the order of additions.
 PROBE_TOLERANCE_NATS = 1e-3
@@ -79,10 +79,7 @@ def check_output_head(model: PreTrainedModel) -> None:
         hidden_states(model, probe_BS, whole_mask_BS)[0],
         head.weight,
         head.bias,
-        temperature=1.0,
-        num_shared_ids=head.out_features,
-        logit_scale=transform.scale,
-        softcap=transform.softcap,
+        Logits(head.out_features, scale=transform.scale, softcap=transform.softcap),
     )
     _require_equal(
         ours_SV,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vopd_client.errors import ConfigError
-from vopd_client.linear_logprobs import full_logprobs, linear_logprobs
+from vopd_client.linear_logprobs import Logits, linear_logprobs
 from vopd_client.model_files import (
     add_lora,
     end_token_ids,
@@ -26,23 +26,32 @@ from vopd_client.model_files import (
     without_peft_wrapper,
 )
 from vopd_client.output_head import check_output_head, hidden_states, logit_transform, output_head
+from vopd_client.teacher_head import TeacherHead
+from vopd_client.whole_vocabulary import RewardMoments, whole_vocabulary
 
 
 class StudentOutputs(NamedTuple):
-    """Row t belongs to completion token t; everything is 0 outside the loss mask, and float32."""
+    """Row t belongs to completion token t; everything is 0 outside the loss mask, and float32.
+
+    With the teacher's hidden states there are whole_BT and reverse_kl_sum, KL(pi || q) added up over the loss mask;
+    the support is then empty. Otherwise both are None.
+    """
 
     sampled_logprobs_BT: Tensor  # gradient
     support_logprobs_BTK: Tensor  # gradient; 0 at pad columns
     sum_pi_squared_BT: Tensor  # no gradient
-    full_logprobs_BTV: Tensor | None  # gradient; only when asked for
+    whole_BT: RewardMoments | None = None  # no gradient
+    reverse_kl_sum: Tensor | None = None  # gradient, where it was wanted
+    num_ids: int = 0  # that whole_BT sums over
 
 
 class StudentForTraining(nn.Module):
     """Wraps a causal LM, plain or with LoRA, as `model`.
 
     The output layer runs inside this forward, so that the hooks of DDP and FSDP see its weight being used. The
-    trainer sets `temperature` and, after the handshake, `num_shared_ids` (until then: all ids of the output layer)
-    and `dropped_ids`, end tokens that pi is to be conditioned against (until then: none).
+    trainer sets `temperature` and, after the handshake, `num_shared_ids` (until then: all ids of the output layer),
+    `dropped_ids`, end tokens that pi is to be conditioned against (until then: none), and, for what needs the whole
+    vocabulary, `teacher_head` and the `reward_floor` (see `whole_vocabulary`).
 
     Raises: ConfigError when the logits of this architecture cannot be computed from its hidden states.
     """
@@ -55,6 +64,8 @@ class StudentForTraining(nn.Module):
         self.temperature = 1.0
         self.num_shared_ids = self.vocab_size
         self.dropped_ids: tuple[int, ...] = ()
+        self.teacher_head: TeacherHead | None = None
+        self.reward_floor: float | None = None
         self.train()
 
     @property
@@ -66,6 +77,12 @@ class StudentForTraining(nn.Module):
     def vocab_size(self) -> int:
         """Ids that the output layer scores, padding of the embedding included."""
         return int(output_head(self.causal_lm).out_features)
+
+    @property
+    def logits(self) -> Logits:
+        """What becomes of the output layer's product before the softmax."""
+        transform = logit_transform(self.causal_lm)
+        return Logits(self.num_shared_ids, self.temperature, transform.scale, transform.softcap, self.dropped_ids)
 
     def train(self, mode: bool = True) -> StudentForTraining:
         """Training mode turns on LoRA's dropout and nothing else.
@@ -87,20 +104,46 @@ class StudentForTraining(nn.Module):
         support_ids_BTK: Tensor,
         support_mask_BTK: Tensor,
         loss_mask_BT: Tensor,
+        teacher_hidden_BTH: Tensor | None = None,
         *,
-        want_full: bool = False,
+        want_kl_gradient: bool = False,
     ) -> StudentOutputs:
         """Log-probabilities at the run's temperature, over the first `num_shared_ids` ids, natural log.
 
         The arguments are the fields of `Batch`. Logits are computed at the N rows inside loss_mask_BT only:
-        neither prompts nor padding cost any.
+        neither prompts nor padding cost any. want_kl_gradient: reverse_kl_sum is to be differentiable.
         """
         hidden_BSH = hidden_states(self.causal_lm, input_ids_BS, attention_mask_BS)
         scored = sequence_N, token_N = loss_mask_BT.nonzero(as_tuple=True)
         hidden_NH = hidden_BSH[sequence_N, row_index_BT[scored]]
         head = output_head(self.causal_lm)
-        transform = logit_transform(self.causal_lm)
 
+        def padded(values: Tensor) -> Tensor:
+            """[N, ...] -> [B, T, ...], 0 outside the mask."""
+            empty = values.new_zeros((*loss_mask_BT.shape, *values.shape[1:]))
+            return empty.index_put((sequence_N, token_N), values)
+
+        if teacher_hidden_BTH is not None:
+            assert self.teacher_head is not None, "hidden states without the head that they belong to"
+            whole = whole_vocabulary(
+                hidden_NH,
+                head.weight,
+                head.bias,
+                completion_ids_BT[scored],
+                self.logits,
+                teacher_hidden_BTH[scored],
+                self.teacher_head,
+                want_kl_gradient=want_kl_gradient,
+                reward_floor=self.reward_floor,
+            )
+            return StudentOutputs(
+                sampled_logprobs_BT=padded(whole.sampled_N),
+                support_logprobs_BTK=whole.sampled_N.new_zeros((*loss_mask_BT.shape, 0)),
+                sum_pi_squared_BT=padded(whole.moments.sum_pi_squared),
+                whole_BT=RewardMoments(*map(padded, whole.moments)),
+                reverse_kl_sum=whole.reverse_kl_sum,
+                num_ids=self.num_shared_ids - len(self.dropped_ids),
+            )
         logprobs = linear_logprobs(
             hidden_NH,
             head.weight,
@@ -108,35 +151,12 @@ class StudentForTraining(nn.Module):
             completion_ids_BT[scored],
             support_ids_BTK[scored],
             support_mask_BTK[scored],
-            temperature=self.temperature,
-            num_shared_ids=self.num_shared_ids,
-            logit_scale=transform.scale,
-            softcap=transform.softcap,
-            dropped_ids=self.dropped_ids,
+            self.logits,
         )
-        full_NV = None
-        if want_full:
-            full_NV = full_logprobs(
-                hidden_NH,
-                head.weight,
-                head.bias,
-                temperature=self.temperature,
-                num_shared_ids=self.num_shared_ids,
-                logit_scale=transform.scale,
-                softcap=transform.softcap,
-                dropped_ids=self.dropped_ids,
-            )
-
-        def padded(values: Tensor) -> Tensor:
-            """[N, ...] -> [B, T, ...], 0 outside the mask."""
-            empty = values.new_zeros((*loss_mask_BT.shape, *values.shape[1:]))
-            return empty.index_put((sequence_N, token_N), values)
-
         return StudentOutputs(
             sampled_logprobs_BT=padded(logprobs.sampled_N),
             support_logprobs_BTK=padded(logprobs.support_NK),
             sum_pi_squared_BT=padded(logprobs.sum_pi_squared_N),
-            full_logprobs_BTV=None if full_NV is None else padded(full_NV),
         )
 
 

@@ -34,6 +34,7 @@ from transformers import (
 
 from tiny_model import CHAT_TEMPLATE, write_tiny_model
 from vopd_client.errors import ConfigError
+from vopd_client.linear_logprobs import Logits
 from vopd_client.model_files import add_lora
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.transformers import RolloutSampler
@@ -44,6 +45,7 @@ from vopd_client.student import (
     load_student,
     save_student,
 )
+from vopd_client.teacher_head import TeacherHead
 
 NUM_SUPPORT_IDS = 7
 
@@ -99,7 +101,6 @@ def plain_outputs(
     sampled_BT = torch.zeros(shape[:2])
     support_BTK = torch.zeros(shape)
     pi_squared_BT = torch.zeros(shape[:2])
-    full_BTV = torch.zeros(*shape[:2], num_shared_ids)
     for index, (prompt, completion) in enumerate(zip(sequences.prompts, sequences.completions, strict=True)):
         logits_SV = model(input_ids=torch.tensor([prompt + completion])).logits[0]
         for token, token_id in enumerate(completion):
@@ -109,8 +110,7 @@ def plain_outputs(
             sampled_BT[index, token] = logprobs_V[token_id]
             support_BTK[index, token, mask_K] = logprobs_V[sequences.inputs["support_ids_BTK"][index, token][mask_K]]
             pi_squared_BT[index, token] = logprobs_V.detach().exp().square().sum()
-            full_BTV[index, token] = logprobs_V
-    return StudentOutputs(sampled_BT, support_BTK, pi_squared_BT, full_BTV)
+    return StudentOutputs(sampled_BT, support_BTK, pi_squared_BT)
 
 
 def some_loss(outputs: StudentOutputs) -> Tensor:
@@ -136,9 +136,9 @@ def test_outputs_are_the_plain_log_softmax_at_the_rows_that_predict_the_completi
     sequences = sequences_of(SHAPES, vocab_size=num_shared_ids)
     student = StudentForTraining(model)
     student.temperature, student.num_shared_ids = temperature, num_shared_ids
-    outputs = student(**sequences.inputs, want_full=True)
+    outputs = student(**sequences.inputs)
     expected = plain_outputs(model, sequences, temperature=temperature, num_shared_ids=num_shared_ids)
-    for actual, plain in zip(outputs, expected, strict=True):
+    for actual, plain in zip(outputs[:3], expected[:3], strict=True):
         torch.testing.assert_close(actual, plain, atol=1e-5, rtol=1e-5)
     assert not outputs.sum_pi_squared_BT.requires_grad
 
@@ -149,7 +149,8 @@ def test_a_completion_of_one_token_is_scored_by_the_last_row_of_its_prompt(model
     logits_SV = model(input_ids=torch.tensor(sequences.prompts)).logits[0]  # the prompt alone
     expected = logits_SV[5].log_softmax(dim=-1)[sequences.completions[0][0]]
     torch.testing.assert_close(outputs.sampled_logprobs_BT[0, 0], expected)
-    assert outputs.full_logprobs_BTV is None
+    assert outputs.whole_BT is None
+    assert outputs.reverse_kl_sum is None
 
 
 def test_gradients_are_those_of_the_plain_path(model: LlamaForCausalLM) -> None:
@@ -213,12 +214,46 @@ def test_a_row_outside_the_loss_mask_is_zero_and_without_gradient(model: LlamaFo
 def test_a_microbatch_without_a_single_scored_row_has_zero_gradients(model: LlamaForCausalLM) -> None:
     sequences = sequences_of([(5, 1)])
     sequences.inputs["loss_mask_BT"][:] = False
-    outputs = StudentForTraining(model)(**sequences.inputs, want_full=True)
+    outputs = StudentForTraining(model)(**sequences.inputs)
     some_loss(outputs).backward()
-    assert not any(output.any() for output in outputs)
+    assert not any(output.any() for output in outputs[:3])
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} would make a distributed reducer wait"
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(("temperature", "num_shared_ids"), [(1.0, 259), (0.6, 200)])
+def test_the_whole_vocabulary_is_compared_with_the_teachers_whole_distribution(
+    model: LlamaForCausalLM, temperature: float, num_shared_ids: int
+) -> None:
+    """KL and its gradient against two plain log-softmaxes; the teacher is normalised over all of its ids."""
+    sequences = sequences_of(SHAPES, vocab_size=num_shared_ids, num_support_ids=0)
+    teacher = copy.deepcopy(model)
+    torch.manual_seed(1)
+    teacher.lm_head = nn.Linear(teacher.config.hidden_size, 300, bias=True)  # untied, padded, of another size
+    reference, student = copy.deepcopy(model), StudentForTraining(model)
+    student.temperature, student.num_shared_ids = temperature, num_shared_ids
+    head = teacher.lm_head
+    student.teacher_head = TeacherHead(head.weight.detach(), head.bias.detach(), Logits(300, temperature))
+    hidden_BSH = teacher.model(sequences.inputs["input_ids_BS"]).last_hidden_state.detach()
+    rows_BT = sequences.inputs["row_index_BT"]
+    hidden_BTH = hidden_BSH[torch.arange(len(rows_BT))[:, None], rows_BT]
+
+    outputs = student(**sequences.inputs, teacher_hidden_BTH=hidden_BTH, want_kl_gradient=True)
+    outputs.reverse_kl_sum.backward()
+
+    logits_BSV = reference(sequences.inputs["input_ids_BS"]).logits[..., :num_shared_ids] / temperature
+    student_BTV = logits_BSV.log_softmax(-1)[torch.arange(len(rows_BT))[:, None], rows_BT]
+    teacher_BTV = (head(hidden_BTH) / temperature).log_softmax(-1)[..., :num_shared_ids].detach()
+    plain_BT = (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1) * sequences.inputs["loss_mask_BT"]
+    plain_BT.sum().backward()
+    torch.testing.assert_close(outputs.whole_BT.reverse_kl, plain_BT.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs.reverse_kl_sum, plain_BT.sum(), atol=1e-3, rtol=1e-4)
+    sampled_BT = plain_outputs(reference, sequences, temperature=temperature, num_shared_ids=num_shared_ids)
+    torch.testing.assert_close(outputs.sampled_logprobs_BT, sampled_BT.sampled_logprobs_BT, atol=1e-4, rtol=1e-4)
+    assert outputs.num_ids == num_shared_ids
+    for (name, parameter), plain in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, plain.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_no_support_at_all_leaves_the_sampled_logprobs(model: LlamaForCausalLM) -> None:
