@@ -8,13 +8,15 @@ each with logits of its own, so that one backward pass gives the gradient g(y) o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vopd_client.batch import Batch
 from vopd_client.losses import compute_loss
+from vopd_client.shaping import NO_SHAPING, Shaping
+from vopd_client.whole_vocabulary import RewardMoments
 
 EVERY_SAMPLED_ESTIMATOR = [
     ("opd", "renormalise", None),
@@ -37,7 +39,9 @@ class Outputs:
     sampled_logprobs_BT: Tensor
     support_logprobs_BTK: Tensor
     sum_pi_squared_BT: Tensor
-    full_logprobs_BTV: Tensor | None
+    whole_BT: RewardMoments | None = None
+    reverse_kl_sum: Tensor | None = None
+    num_ids: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,34 @@ def random_state(
     return State(logits_2V[0], logits_2V[1].log_softmax(-1), tuple(ranked[:support_size]))
 
 
+def plain_moments(student_V: Tensor, teacher_V: Tensor, reward_floor: float | None) -> RewardMoments:
+    """The sums over the last axis as RewardMoments names them, one id after the other as they are written."""
+    pi_V, reward_V = student_V.exp(), torch.where(student_V > -torch.inf, teacher_V - student_V, 0.0)
+    shaped_V = reward_V if reward_floor is None else reward_V.clamp_min(reward_floor)
+    return RewardMoments(
+        reverse_kl=-(pi_V * reward_V).sum(-1),
+        sum_pi_squared=pi_V.square().sum(-1),
+        pi_r=(pi_V * shaped_V).sum(-1),
+        pi_r2=(pi_V * shaped_V**2).sum(-1),
+        pi2_r=(pi_V**2 * shaped_V).sum(-1),
+        pi2_r2=(pi_V**2 * shaped_V**2).sum(-1),
+    )
+
+
 def batch_of_every_token(
-    state: State, support_of: Callable[[int], tuple[int, ...]] | None = None
+    state: State,
+    support_of: Callable[[int], tuple[int, ...]] | None = None,
+    *,
+    objective: str = "vopd",
+    reward_floor: float | None = None,
+    behaviour_logprobs_V: Tensor | None = None,
+    task_advantage_of: Callable[[int], float] = lambda token_id: 0.0,
 ) -> tuple[Outputs, Batch, Tensor]:
     """One batch in which every token is sampled once, and the leaf of its gradients, the logits [Y, V].
 
     support_of: the support when y is sampled; anything but a constant is the trap that a test wants to show.
+    objective: the two over the whole vocabulary get its moments, the others a support.
+    behaviour_logprobs_V: of the student that sampled; None: the one that learns.
     """
     sampled_ids = state.sampled_ids
     supports = [state.support_ids if support_of is None else support_of(token_id) for token_id in sampled_ids]
@@ -90,8 +116,20 @@ def batch_of_every_token(
         sampled_logprobs_BT=student_YV.gather(-1, completion_ids_Y1),
         support_logprobs_BTK=student_YV.gather(-1, ids_YK)[:, None],
         sum_pi_squared_BT=student_YV.detach().exp().square().sum(-1, keepdim=True),
-        full_logprobs_BTV=student_YV[:, None],
     )
+    if objective in ("vopd-full", "full-kl"):
+        moments = plain_moments(student_YV.detach(), teacher_YV, reward_floor)
+        has_mass_YV = student_YV.detach() > -torch.inf
+        pi_log_ratio_YV = student_YV.exp() * torch.where(has_mass_YV, student_YV - teacher_YV, 0.0)
+        student = replace(
+            student,
+            whole_BT=RewardMoments(*(values_Y[:, None] for values_Y in moments)),
+            reverse_kl_sum=pi_log_ratio_YV[has_mass_YV].sum(),
+            num_ids=int((state.pi_V > 0).sum()),
+        )
+    behaviour_YV = student_YV.detach()
+    if behaviour_logprobs_V is not None:
+        behaviour_YV = behaviour_logprobs_V.expand_as(student_YV)
     zeros_Y1 = torch.zeros_like(completion_ids_Y1)
     batch = Batch(
         input_ids_BS=zeros_Y1,
@@ -101,10 +139,11 @@ def batch_of_every_token(
         loss_mask_BT=torch.ones_like(zeros_Y1, dtype=torch.bool),
         support_ids_BTK=ids_YK[:, None],
         support_mask_BTK=mask_YK[:, None],
-        behaviour_logprobs_BT=student.sampled_logprobs_BT.detach(),
+        behaviour_logprobs_BT=behaviour_YV.gather(-1, completion_ids_Y1),
         teacher_logprobs_BT=teacher_YV.gather(-1, completion_ids_Y1),
         teacher_support_logprobs_BTK=teacher_YV.gather(-1, ids_YK)[:, None],
-        teacher_full_logprobs_BTV=teacher_YV[:, None],
+        task_advantages_BT=torch.tensor([[task_advantage_of(token_id)] for token_id in sampled_ids]),
+        teacher_hidden_BTH=None,
         prompt_names=tuple(f"state:{token_id}" for token_id in sampled_ids),
     )
     return student, batch, leaf_YV
@@ -117,10 +156,20 @@ def gradient_of_every_token(
     tail: str = "renormalise",
     baseline: str | None = None,
     support_of: Callable[[int], tuple[int, ...]] | None = None,
+    shaping: Shaping = NO_SHAPING,
+    behaviour_logprobs_V: Tensor | None = None,
+    task_advantage_of: Callable[[int], float] = lambda token_id: 0.0,
 ) -> Tensor:
     """g(y), [Y, V]: what autograd makes of the loss when y was sampled, with respect to the logits."""
-    student, batch, leaf_YV = batch_of_every_token(state, support_of)
-    loss = compute_loss(objective, student, batch, tail=tail, baseline=baseline)
+    student, batch, leaf_YV = batch_of_every_token(
+        state,
+        support_of,
+        objective=objective,
+        reward_floor=shaping.reward_floor,
+        behaviour_logprobs_V=behaviour_logprobs_V,
+        task_advantage_of=task_advantage_of,
+    )
+    loss = compute_loss(objective, student, batch, tail=tail, baseline=baseline, shaping=shaping)
     (gradient_YV,) = torch.autograd.grad(loss.loss_sum, leaf_YV)
     return gradient_YV
 

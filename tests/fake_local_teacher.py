@@ -5,6 +5,7 @@ It implements what a training run needs of a teacher, and can be told to hold an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,10 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vopd_client.errors import TeacherError
-from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherInfo, TeacherTopK
+from vopd_client.errors import TeacherError, TeacherUnsupportedError
+from vopd_client.types import (
+    Candidates,
+    HiddenStates,
+    NoSupport,
+    SequenceScores,
+    SequenceToScore,
+    TeacherInfo,
+    TeacherTopK,
+)
 from vopd_proto.fingerprint import token_table, tokenizer_fingerprint
 
 
@@ -46,10 +56,18 @@ class FakeLocalTeacher:
         self.bytes_received = 0
         self.waiting_reason = ""
         self.closed = False
+        self._head_path = directory.with_name(f"{directory.name}-head.safetensors")
+        weight_VH = self._model.get_output_embeddings().weight.detach().clone()
+        save_file({"weight": weight_VH}, self._head_path, metadata={"logit_scale": "1.0"})
         self.info = replace(self._info(), **info)  # type: ignore[arg-type]
 
     def tokenizer(self) -> tuple[list[bytes], str]:
         return self._tokens, "{}"
+
+    def head_file(self, cache_dir: Path | None = None) -> Path:
+        if not self.info.head_sha256:
+            raise TeacherUnsupportedError("the teacher does not give its output head away")
+        return self._head_path
 
     def submit(self, sequence: SequenceToScore) -> Future[SequenceScores]:
         self.calls += 1
@@ -62,6 +80,8 @@ class FakeLocalTeacher:
         scores = self._score(sequence)
         self.bytes_sent += 100
         self.bytes_received += 4 * (len(scores.sampled_logprobs_T) + len(scores.support_logprobs))
+        if scores.hidden_states_TH is not None:
+            self.bytes_received += scores.hidden_states_TH.nbytes
         self._held.append((future, scores))
         if len(self._held) >= self._hold_back:
             while self._held:
@@ -75,14 +95,16 @@ class FakeLocalTeacher:
     @torch.no_grad()
     def _score(self, sequence: SequenceToScore) -> SequenceScores:
         ids = np.concatenate([sequence.context_ids, sequence.completion_ids])
-        logits_SV = self._model(torch.from_numpy(ids)[None]).logits[0].float()
+        output = self._model(torch.from_numpy(ids)[None], output_hidden_states=True)
         first_row = len(sequence.context_ids) - 1
-        logprobs_TV = logits_SV[first_row : first_row + len(sequence.completion_ids)].log_softmax(-1)
+        scored = slice(first_row, first_row + len(sequence.completion_ids))
+        logprobs_TV = output.logits[0, scored].float().log_softmax(-1)
         sampled_T = logprobs_TV.gather(1, torch.from_numpy(sequence.completion_ids)[:, None])[:, 0].numpy()
         rows = np.arange(len(sequence.completion_ids))
         match sequence.support:
-            case NoSupport():
-                return SequenceScores(sampled_T, np.empty(0, np.int64), np.empty(0, np.float32), 0 * rows)
+            case NoSupport() | HiddenStates() as support:
+                hidden_TH = output.hidden_states[-1][0, scored].numpy() if isinstance(support, HiddenStates) else None
+                return SequenceScores(sampled_T, np.empty(0, np.int64), np.empty(0, np.float32), 0 * rows, hidden_TH)
             case TeacherTopK(k=k):
                 top = logprobs_TV.topk(k)
                 counts_T = np.full(len(rows), k, np.int64)
@@ -110,10 +132,11 @@ class FakeLocalTeacher:
             engine="fake",
             engine_version="0",
             server_version="0",
-            supports=frozenset({"sampled", "teacher_top_k", "candidates"}),
+            supports=frozenset({"sampled", "teacher_top_k", "candidates", "hidden_states"}),
             any_temperature=True,
             deterministic=True,
             max_sequences_per_request=64,
             max_tokens_per_request=8192,
             max_support_size=256,
+            head_sha256=hashlib.sha256(self._head_path.read_bytes()).hexdigest(),
         )

@@ -18,7 +18,8 @@ from vopd_proto.arrays import Float32Array, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 Scalar = TypeVar("Scalar", bound=np.generic)
-SupportOwner = Literal["student", "teacher", "none"]
+# "vocabulary": no support, but hidden states, which tell the teacher's log-probability of every id.
+SupportOwner = Literal["student", "teacher", "none", "vocabulary"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +122,7 @@ def _ragged_support(
     rollout: Rollout, scores: SequenceScores, support: SupportOwner, prompt_name: str
 ) -> tuple[IntArray, Float32Array, IntArray]:
     """Ids, the teacher's log-probabilities of them, and how many belong to each position."""
-    if support == "none":
+    if support in ("none", "vocabulary"):
         counts_T = np.zeros(len(rollout.completion_ids), np.int64)
         return np.empty(0, np.int64), np.empty(0, np.float32), counts_T
     if support == "teacher":

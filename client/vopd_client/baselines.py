@@ -12,7 +12,7 @@ Departures: the tail as one bucket and the variance-optimal baseline b* are ours
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -61,14 +61,20 @@ class SupportLogprobs:
     """Both sides' log-probabilities on the support, over their full vocabularies. False in the mask: not in S.
 
     What lies outside the mask is never looked at, not even by a gradient; inside it everything is finite.
+    reward_floor: every log-ratio, the tail's included, is cut from below here, in nats; None: it is not.
     """
 
     student_BTK: Tensor
     teacher_BTK: Tensor
     mask_BTK: Tensor  # bool
+    reward_floor: float | None = None
 
     def detached(self) -> SupportLogprobs:
-        return SupportLogprobs(self.student_BTK.detach(), self.teacher_BTK.detach(), self.mask_BTK)
+        return replace(self, student_BTK=self.student_BTK.detach(), teacher_BTK=self.teacher_BTK.detach())
+
+    def cut(self, reward: Tensor) -> Tensor:
+        """A reward as the objective is given it."""
+        return reward if self.reward_floor is None else reward.clamp_min(self.reward_floor)
 
     @property
     def probabilities_BTK(self) -> Tensor:
@@ -78,7 +84,7 @@ class SupportLogprobs:
     @property
     def reward_BTK(self) -> Tensor:
         """r on S, 0 elsewhere."""
-        return _where(self.mask_BTK, self.teacher_BTK - self.student_BTK)
+        return _where(self.mask_BTK, self.cut(self.teacher_BTK - self.student_BTK))
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ def tail_log_ratio(support: SupportLogprobs) -> Tensor:
     """r_tail = log((1 - q(S)) / (1 - pi(S))), [B, T]: the log-ratio of everything outside S seen as one token."""
     teacher_tail_BT = tail_mass(support.teacher_BTK, support.mask_BTK)
     student_tail_BT = tail_mass(support.student_BTK, support.mask_BTK)
-    return teacher_tail_BT.log() - student_tail_BT.log()
+    return support.cut(teacher_tail_BT.log() - student_tail_BT.log())
 
 
 def renormalised_reverse_kl(support: SupportLogprobs) -> Tensor:
@@ -119,8 +125,7 @@ def renormalised_reverse_kl(support: SupportLogprobs) -> Tensor:
     mask_BTK = support.mask_BTK
     log_pi_BTK = support.student_BTK - log_mass(support.student_BTK, mask_BTK)[..., None]
     log_q_BTK = support.teacher_BTK - log_mass(support.teacher_BTK, mask_BTK)[..., None]
-    renormalised = SupportLogprobs(log_pi_BTK, log_q_BTK, mask_BTK)
-    return inner_reverse_kl(renormalised)
+    return inner_reverse_kl(replace(support, student_BTK=log_pi_BTK, teacher_BTK=log_q_BTK))
 
 
 def bucket_reverse_kl(support: SupportLogprobs) -> Tensor:

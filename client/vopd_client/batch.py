@@ -20,7 +20,6 @@ from vopd_client.alignment import AlignedSequence, SupportOwner, align
 from vopd_client.errors import AlignmentError
 from vopd_client.rollouts.base import Rollout
 from vopd_client.types import SequenceScores
-from vopd_proto.arrays import Float32Array
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Batch:
     behaviour_logprobs_BT: Tensor  # float32
     teacher_logprobs_BT: Tensor  # float32
     teacher_support_logprobs_BTK: Tensor  # float32
-    teacher_full_logprobs_BTV: Tensor | None  # float32, only with a teacher in this process
+    task_advantages_BT: Tensor  # float32, the same at every token of a completion
+    teacher_hidden_BTH: Tensor | None  # float32, only when the whole vocabulary was asked for
     prompt_names: tuple[str, ...]  # file:line of each sequence's prompt, for error messages
 
     @property
@@ -60,23 +60,24 @@ def collate(
     support: SupportOwner = "student",
     max_support: int | None = None,
     drop_end_ids: frozenset[int] = frozenset(),
-    teacher_full: Sequence[Float32Array] | None = None,
+    task_advantages: Sequence[float] | None = None,
 ) -> Batch:
     """Pads rollouts and their scores into one microbatch; nothing is invented and nothing is dropped silently.
 
     Args:
         scores: one a rollout, in the same order. With support "student" their support log-probabilities belong to
             the rollout's recorded ids, in the same flat order; with "teacher" S is the teacher's own ids, as they
-            came; with "none" S is empty. From S come out the ids that one side does not have: those outside
-            [0, num_shared_ids) and those with a teacher log-probability of -inf.
+            came; with "none" S is empty, and with "vocabulary" too, where the hidden states are taken instead. From S
+            come out the ids that one side does not have: those outside [0, num_shared_ids) and those with a teacher
+            log-probability of -inf.
         prompt_names: file:line of each rollout's prompt.
         pad_id: fills input_ids_BS; an embedding row must exist for it.
         max_support: the most ids a position may have; None: any number.
         drop_end_ids: a completion that ended with one of these has its last row masked out of the loss.
-        teacher_full: the teacher's log-probabilities, [T, >= num_shared_ids] a rollout; cut to the shared ids.
+        task_advantages: of each rollout, see `task_rewards`; None: 0.
 
-    Raises: AlignmentError when numbers of rows or ids disagree, for a sampled token in the loss that the two sides
-        do not share, and for an id that occurs twice in one position's support.
+    Raises: AlignmentError when numbers of rows or ids disagree, for missing hidden states, for a sampled token in the
+        loss that the two sides do not share, and for an id that occurs twice in one position's support.
     """
     if not len(rollouts) == len(scores) == len(prompt_names) > 0:
         raise AlignmentError(
@@ -108,9 +109,13 @@ def collate(
         behaviour_logprobs_BT=_pad([sequence.behaviour_logprobs_T for sequence in aligned]),
         teacher_logprobs_BT=_pad([sequence.teacher_logprobs_T for sequence in aligned]),
         teacher_support_logprobs_BTK=_pad([sequence.teacher_support_logprobs_TK for sequence in aligned]),
-        teacher_full_logprobs_BTV=None
-        if teacher_full is None
-        else _pad_full(teacher_full, aligned, num_shared_ids, prompt_names),
+        task_advantages_BT=_pad(
+            [
+                np.full(len(rollout.completion_ids), advantage, np.float32)
+                for rollout, advantage in zip(rollouts, task_advantages or [0.0] * len(rollouts), strict=True)
+            ]
+        ),
+        teacher_hidden_BTH=_pad_hidden_states(scores, aligned, prompt_names) if support == "vocabulary" else None,
         prompt_names=tuple(prompt_names),
     )
 
@@ -124,26 +129,20 @@ def _pad(arrays: Sequence[npt.NDArray[Any]], *, fill: int = 0) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _pad_full(
-    teacher_full: Sequence[Float32Array],
-    aligned: Sequence[AlignedSequence],
-    num_shared_ids: int,
-    prompt_names: Sequence[str],
+def _pad_hidden_states(
+    scores: Sequence[SequenceScores], aligned: Sequence[AlignedSequence], prompt_names: Sequence[str]
 ) -> Tensor:
-    """The teacher's whole distributions over the shared ids, [B, T, num_shared_ids]; 0 at rows outside the loss."""
-    if len(teacher_full) != len(aligned):
-        raise AlignmentError(f"{len(teacher_full)} full teacher arrays for {len(aligned)} rollouts")
-    cut = []
-    for full_TV, sequence, name in zip(teacher_full, aligned, prompt_names, strict=True):
-        num_tokens = len(sequence.in_loss_T)
-        if len(full_TV) != num_tokens or full_TV.shape[1] < num_shared_ids:
+    """The teacher's final hidden states, [B, T, H]; 0 at rows outside the loss."""
+    kept = []
+    for score, sequence, name in zip(scores, aligned, prompt_names, strict=True):
+        hidden_TH = score.hidden_states_TH
+        if hidden_TH is None or len(hidden_TH) != len(sequence.in_loss_T):
+            found = "no" if hidden_TH is None else str(len(hidden_TH))
             raise AlignmentError(
-                f"the teacher's full log-probabilities for {name} are {list(full_TV.shape)}; "
-                f"{num_tokens} completion tokens and {num_shared_ids} shared ids need them"
+                f"{found} hidden states from the teacher for the {len(sequence.in_loss_T)} completion tokens of {name}"
             )
-        shared_TV = full_TV[:, :num_shared_ids].astype(np.float32, copy=False)
-        cut.append(np.where(sequence.in_loss_T[:, None], shared_TV, np.float32(0)))
-    return _pad(cut)
+        kept.append(np.where(sequence.in_loss_T[:, None], hidden_TH, np.float32(0)))
+    return _pad(kept)
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_settings import NoDecode
 
 Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
-Verifier = Literal["exact", "contains", "regex", "math"]
+Verifier = Literal["exact", "contains", "regex", "math", "boxed-math", "choice"]
 
 FULL_VOCABULARY_OBJECTIVES: frozenset[Objective] = frozenset({"vopd-full", "full-kl"})
 
@@ -65,9 +65,32 @@ class TeacherConfig(Settings):
     )
 
 
-class TrainConfig(TeacherConfig):
+class PromptColumns(Settings):
+    """How rows that were not written for this project are read as prompts and answers."""
+
+    prompt_column: str | None = Field(
+        None,
+        description="Column of the rows that holds the prompt, as text; with it or answer-column, all other columns "
+        "are left out.",
+    )
+    answer_column: str | None = Field(
+        None, description="Column of the rows that holds the answer, as text or as a number."
+    )
+    prompt_suffix: str = Field(
+        "",
+        description="Text appended to every prompt as it is; the teacher sees it too, unless a row gives it a context "
+        "of its own.",
+    )
+
+
+class TrainConfig(TeacherConfig, PromptColumns):
     """One training run."""
 
+    head_cache: Path | None = Field(
+        None,
+        description="Directory for output heads of teachers, which the whole vocabulary needs; default: vopd/heads in "
+        "the user's cache directory.",
+    )
     teacher_window: int = Field(
         64, ge=1, le=4000, description="Sequences sent to the teacher and not yet answered, at most."
     )
@@ -75,7 +98,8 @@ class TrainConfig(TeacherConfig):
     # --- who and what
     student: str = Field(description="Student model: a directory or a hub id.")
     prompts: str = Field(
-        description="Training prompts: a .jsonl or .parquet file, or a hub data set (name, or name:split)."
+        description="Training prompts: a .jsonl or .parquet file, or a hub data set (name, name:split or "
+        "name:configuration:split)."
     )
     eval_prompts: str | None = Field(None, description="Held-out prompts, in the same forms; none: no evaluation.")
     output_dir: Path = Field(Path("runs"), description="Directory that holds the runs.")
@@ -115,9 +139,43 @@ class TrainConfig(TeacherConfig):
         1.0, description="Temperature of the sampling and of both models' log-probabilities."
     )
 
+    # --- what is done to rewards and advantages; see docs/method.md for when, and for what it costs in bias
+    reward_clip_lambda: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Cut rewards from below at log(lambda) / (1 - lambda) nats: against single tokens that the "
+        "teacher finds impossible. Biased: such tokens are punished less.",
+    )
+    advantage_clip: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Keep advantages within this many nats on both sides: against outliers that the reward's floor "
+        "leaves. Biased, and the more so the worse the baseline.",
+    )
+    importance_cap: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Weigh sampled terms by min(cap, pi_now / pi_then): for rollouts of an older student or of "
+        "another engine. Biased where the cap cuts (importance_truncated_fraction says how often).",
+    )
+    task_reward_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Add this weight times (1 for a right answer - the mean of the prompt's other rollouts) to the "
+        "advantage of every token: for answers that can be checked. Another objective than the teacher's KL.",
+    )
+
     # --- rollouts
     prompts_per_step: int = Field(8, ge=1, description="Prompts of one optimizer step, over all processes.")
-    rollouts_per_prompt: int = Field(2, ge=1, description="Completions sampled for each of them.")
+    rollouts_per_prompt: int = Field(
+        2,
+        ge=1,
+        description="Completions sampled for each of them; more of them share a context, and compare task rewards.",
+    )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="Tokens of a prompt, at most; a longer one is refused before the run starts."
     )
@@ -160,6 +218,11 @@ class TrainConfig(TeacherConfig):
     eval_max_new_tokens: int | None = Field(
         None, ge=1, description="Tokens of a completion in evaluation; default: max-new-tokens."
     )
+    eval_kl: Literal["auto", "support", "vocabulary"] = Field(
+        "auto",
+        description="What the KL of an evaluation is taken over: the support and one bucket, or the whole vocabulary "
+        "(the teacher must give hidden states); auto: the vocabulary where that can be.",
+    )
     eval_teacher: YesNoAuto = Field(
         "auto",
         description="Measure the teacher's own exact match through the scoring service; auto: for completions of at "
@@ -177,11 +240,6 @@ class TrainConfig(TeacherConfig):
     def _one_teacher(self) -> TrainConfig:
         if bool(self.teacher_url) == bool(self.teacher_model):
             raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
-        if self.objective in FULL_VOCABULARY_OBJECTIVES and not self.teacher_model:
-            raise ValueError(
-                f"objective {self.objective} needs the teacher's full distribution, which does not travel yet: "
-                "give teacher_model instead of teacher_url, or choose vopd or vopd-rb"
-            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         return self
@@ -207,12 +265,13 @@ class ScoreConfig(InfoConfig):
     temperature: Temperature = Field(1.0, description="Temperature of the teacher's log-probabilities.")
 
 
-class EvalConfig(Settings):
+class EvalConfig(PromptColumns):
     """`vopd-client eval`."""
 
     model: str = Field(description="Model to evaluate: a directory (a run's model/) or a hub id.")
     prompts: str = Field(
-        description="Prompts with answers: a .jsonl or .parquet file, or a hub data set (name, or name:split)."
+        description="Prompts with answers: a .jsonl or .parquet file, or a hub data set (name, name:split or "
+        "name:configuration:split)."
     )
     as_teacher: bool = Field(
         False, description="Show the model what the rows give the teacher (few-shot, hints) instead of the student."
@@ -225,11 +284,34 @@ class EvalConfig(Settings):
     verifier: Verifier = Field(
         "exact", description="How a completion is compared with a row's answer, unless the row names its own verifier."
     )
+    samples_per_prompt: int = Field(
+        1, ge=1, description="Completions of each prompt (n): 1 is the greedy one, more are sampled."
+    )
+    temperature: Temperature = Field(1.0, description="Temperature of the samples.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Samples come from the fewest ids whose probability reaches this; 1: from all."
+    )
+    # Not top_k: that is the support's size in training, and the environment variable would be the same.
+    sampling_top_k: int = Field(
+        0, ge=0, description="Samples come from this many most likely ids, before top-p; 0: from all."
+    )
+    seed: int = Field(42, ge=0, description="Every draw derives from it, the prompt, the sample and the token's place.")
     sample_count: int = Field(3, ge=0, description="Completions shown.")
     mixed_precision: MixedPrecision = Field("no", description="Autocast over fp32 weights.")
     device: str | None = Field(None, description="Device: cpu, cuda, mps; default: the best there is.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model's files.")
     json_file: Path | None = Field(None, description="File to write the result to as JSON, beside the table.")
+
+    @model_validator(mode="after")
+    def _sampling_needs_samples(self) -> EvalConfig:
+        for name in ("temperature", "top_p", "sampling_top_k"):
+            value = getattr(self, name)
+            if self.samples_per_prompt == 1 and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {value} has no effect on the one greedy completion of samples_per_prompt 1: "
+                    "give samples_per_prompt 2 or more"
+                )
+        return self
 
 
 class ReportConfig(Settings):

@@ -160,12 +160,14 @@ def check_capabilities(
     max_prompt_tokens: int,
     max_new_tokens: int,
     deterministic: bool = False,
+    needs_vocabulary: str = "",
 ) -> ScoringPlan:
     """Refuses a run that this teacher cannot score; says which support to ask for.
 
     A teacher that cannot gather the student's ids gives its own top-k instead (an unbiased baseline too).
     Only `opd` trains without any support; it then has no exact KL to report.
 
+    Args: needs_vocabulary: what, if anything, needs the teacher's whole distribution.
     Raises: HandshakeError naming everything that does not fit, with both numbers.
     """
     problems = []
@@ -180,6 +182,12 @@ def check_capabilities(
     if deterministic and not info.deterministic:
         problems.append("a deterministic run needs a deterministic teacher: start it with --deterministic")
     plan = _choose_support(info.supports, support)
+    if needs_vocabulary and "hidden_states" not in info.supports:
+        problems.append(
+            f"{needs_vocabulary} needs the teacher's whole distribution, from hidden states; this teacher offers "
+            f"{_names(info.supports)} (its operator can allow more with `vopd-server serve --engine transformers "
+            "--allow-full-vocab`; vopd-rb comes close without)"
+        )
     if plan.support == "sampled" and objective != "opd":
         problems.append(f"objective {objective} needs a support; this teacher offers {_names(info.supports)}")
     if plan.support != "sampled" and top_k > info.max_support_size:
@@ -222,6 +230,8 @@ def check_same_teacher(before: TeacherInfo, now: TeacherInfo, *, where: str) -> 
         )
         if old != new
     ]
+    if before.head_sha256 and before.head_sha256 != now.head_sha256:
+        changes.append(f"output head {before.head_sha256!r} -> {now.head_sha256!r}")
     if missing := before.supports - now.supports:
         changes.append(f"no longer offers {_names(missing)}")
     if before.deterministic and not now.deterministic:

@@ -18,7 +18,7 @@ from vopd_client.rollouts.base import Rollout, RolloutKey
 from vopd_client.rollouts.decoding import MixedPrecision
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.scoring import SentRollout
-from vopd_client.student import StudentForTraining
+from vopd_client.student import StudentForTraining, StudentOutputs
 from vopd_client.types import SequenceScores, SequenceToScore, Teacher
 
 
@@ -31,13 +31,13 @@ def wait_for_answer(sent: SentRollout) -> SequenceScores:
 class KlMeasurement:
     """How the KL is measured.
 
-    One completion a prompt is sampled, and at each of its tokens KL(pi || q) is taken in closed form from the support
-    and a bucket for the rest. The states are the student's own, so the mean is an estimate of what on-policy
-    distillation minimises; the bucket makes every state's value a lower bound of its KL over the whole vocabulary,
-    close where the support holds nearly all of the student's mass.
+    One completion a prompt is sampled, and at each of its tokens KL(pi || q) is taken in closed form: exactly, with a
+    teacher that gives hidden states, else from the support and a bucket for the rest. The states are the student's
+    own, so the mean is an estimate of what on-policy distillation minimises; the bucket makes every state's value a
+    lower bound of its KL over the whole vocabulary, close where the support holds nearly all of the student's mass.
 
     sampler: with a seed of its own. Every evaluation draws with the same random numbers.
-    request: what the teacher is asked about a rollout, with a support.
+    request: what the teacher is asked about a rollout, with a support or hidden states.
     make_batch: (rollouts, the teacher's answers, names of their prompts) -> padded tensors.
     receive: waits for the answer to one rollout; a caller's own can look up from waiting now and then.
     """
@@ -79,15 +79,18 @@ def kl_of_tokens(
             [item.prompt.source for item in items],
         ).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
-            kl_BT = support_kl(student, batch)
+            kl_BT = kl_of_batch(student, batch)
         for item, kl_T, mask_T in zip(items, kl_BT, batch.loss_mask_BT, strict=True):
             kl_by_token += [(item.prompt, value) for value in kl_T[mask_T].tolist()]
     return kl_by_token
 
 
-def support_kl(student: StudentForTraining, batch: Batch) -> Tensor:
-    """KL(pi || q) at each row, [B, T], from the support and one bucket for the rest; 0 outside the loss mask."""
-    outputs = student(
+def kl_of_batch(student: StudentForTraining, batch: Batch) -> Tensor:
+    """KL(pi || q) at each row, [B, T], 0 outside the loss mask.
+
+    Over the whole vocabulary where the batch has the teacher's hidden states, else from the support and one bucket.
+    """
+    outputs: StudentOutputs = student(
         batch.input_ids_BS,
         batch.attention_mask_BS,
         batch.row_index_BT,
@@ -95,7 +98,10 @@ def support_kl(student: StudentForTraining, batch: Batch) -> Tensor:
         batch.support_ids_BTK,
         batch.support_mask_BTK,
         batch.loss_mask_BT,
+        batch.teacher_hidden_BTH,
     )
+    if outputs.whole_BT is not None:
+        return outputs.whole_BT.reverse_kl
     return bucket_reverse_kl(
         SupportLogprobs(outputs.support_logprobs_BTK, batch.teacher_support_logprobs_BTK, batch.support_mask_BTK)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -54,6 +54,28 @@ def scale_and_clip(
     norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
     check_finite(norm, "norm of the gradient")
     return norm
+
+
+@torch.no_grad()
+def adam_moment_variance(optimizer: Any) -> float:
+    """Sum over the weights of v_hat - m_hat^2: the variance of the step's gradient as Adam's moments see it.
+
+    A proxy, over about 1 / (1 - beta2) steps: gradients after clipping, and a mean that lags behind the weights.
+
+    Source: the public code of arXiv 2605.07865.
+    """
+    total = 0.0
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue  # no gradient has reached it yet
+            steps = float(state["step"])
+            v_hat = float(state["exp_avg_sq"].sum()) / (1 - beta2**steps)
+            m_hat_squared = float(torch.linalg.vector_norm(state["exp_avg"])) ** 2 / (1 - beta1**steps) ** 2
+            total += v_hat - m_hat_squared
+    return total
 
 
 def check_finite(value: float, what: str) -> None:

@@ -16,7 +16,7 @@ from vopd_client.schedule import evaluation_seed, is_due
 from vopd_client.scoring import Request, SentRollout, Waiter
 from vopd_client.teaching import measures_teacher
 from vopd_client.types import SequenceScores
-from vopd_proto.arrays import Float32Array, IntArray
+from vopd_proto.arrays import IntArray
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def make_batch(
     rollouts: Sequence[Rollout],
     scores: Sequence[SequenceScores],
     prompt_names: Sequence[str],
-    teacher_full: Sequence[Float32Array] | None = None,
+    task_advantages: Sequence[float] | None = None,
 ) -> Batch:
     """Rollouts and the answers to `request`, as tensors."""
     return collate(
@@ -118,7 +118,7 @@ def make_batch(
         support=request.support,
         max_support=run.config.top_k,
         drop_end_ids=request.drop_end_ids,
-        teacher_full=teacher_full,
+        task_advantages=task_advantages,
     )
 
 

@@ -80,7 +80,7 @@ def _figure(run: RunData, *, width_inches: float, title: bool) -> Figure:
         objective = f"  ·  {run.config['objective']}" if "objective" in run.config else ""
         figure.suptitle(f"{run.name}{objective}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     panels: Sequence[Callable[[Any, RunData], None]] = (
-        _kl, _exact_match if run.kinds else _completions, _seconds, _grad_norm, _advantage, _support,
+        _kl, _exact_match if run.kinds else _completions, _seconds, _grad_norm, _variance, _support,
     )  # fmt: skip
     for axes, draw in zip(figure.subplots(2, 3).flat, panels, strict=True):
         draw(axes, run)
@@ -162,9 +162,12 @@ def _grad_norm(axes: Any, run: RunData) -> None:
     axes.set_xlabel("step")
 
 
-def _advantage(axes: Any, run: RunData) -> None:
-    axes.set_title("Advantage, standard deviation, nats")
-    _curve(axes, run, "advantage_std", BLUE)
+def _variance(axes: Any, run: RunData) -> None:
+    axes.set_title("Noise of the gradient, share of opd's")
+    _curve(axes, run, "variance_over_opd", BLUE)
+    axes.axhline(1, color=INK, alpha=0.55, linestyle=DASHES, linewidth=1.2, label="opd at the same states")
+    axes.legend(loc="best")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _from_zero(axes)
     axes.set_xlabel("step")
 

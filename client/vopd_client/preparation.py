@@ -19,17 +19,19 @@ from torch import nn
 
 from vopd_client.baselines import choose_baseline
 from vopd_client.checkpoint import RunIdentity, TrainerState, check_identity, checkpoint_bytes, newest_checkpoint
-from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.config import TrainConfig
 from vopd_client.errors import CheckpointError, ConfigError
 from vopd_client.handshake import num_shared_ids
 from vopd_client.optimization import make_optimizer, make_scheduler
 from vopd_client.processes import wrap
-from vopd_client.prompts import Prompt, PromptRow, load_prompts
+from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.run_directory import RunDirectory, check_space, settings_hash
-from vopd_client.scoring import Request, WholeDistributions
+from vopd_client.scoring import Request
+from vopd_client.shaping import Shaping, check_shaping, reward_floor
 from vopd_client.student import LoadedStudent, load_student
 from vopd_client.teacher import RemoteTeacher
+from vopd_client.teacher_head import TeacherHead
 from vopd_client.teaching import (
     ConnectedTeacher,
     Tell,
@@ -38,6 +40,7 @@ from vopd_client.teaching import (
     introduce,
     longest_completion,
     measures_teacher,
+    needs_vocabulary,
     plan_requests,
     render,
 )
@@ -66,7 +69,8 @@ class Run:
     scheduler: Any
     sampler: RolloutSampler
     request: Request
-    evaluation_request: Request  # with a support whatever the objective, to measure the KL with
+    evaluation_request: Request  # with a support or hidden states whatever the objective, to measure the KL with
+    shaping: Shaping
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     identity: RunIdentity
@@ -75,10 +79,12 @@ class Run:
 
 def load_rows(config: TrainConfig) -> PromptRows:
     """Raises: DataError with file and line."""
-    return PromptRows(
-        load_prompts(config.prompts, default_verifier=config.verifier),
-        load_prompts(config.eval_prompts, default_verifier=config.verifier) if config.eval_prompts else [],
-    )
+    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix)
+
+    def load(spec: str) -> list[PromptRow]:
+        return load_prompts(spec, default_verifier=config.verifier, row_format=row_format)
+
+    return PromptRows(load(config.prompts), load(config.eval_prompts) if config.eval_prompts else [])
 
 
 def connect_teacher(config: TrainConfig, device: str) -> ConnectedTeacher:
@@ -87,7 +93,11 @@ def connect_teacher(config: TrainConfig, device: str) -> ConnectedTeacher:
         from vopd_client.local_teacher import LocalTeacher  # brings the engine, which a remote teacher does not need
 
         return LocalTeacher.load(
-            config.teacher_model, device=device, deterministic=config.deterministic, temperature=config.temperature
+            config.teacher_model,
+            device=device,
+            deterministic=config.deterministic,
+            temperature=config.temperature,
+            allow_full_vocab=bool(needs_vocabulary(config)),
         )
     return RemoteTeacher.connect(
         config.teacher_url,
@@ -113,10 +123,9 @@ def prepare_run(
 
     Raises: ConfigError, DataError, HandshakeError, RunDirectoryError, CheckpointError.
     """
-    choose_baseline(config.objective, config.baseline)
+    shaping = check_objective(config)
+    check_answers(config, rows.train)
     measures_teacher(config, teacher.info)
-    if config.objective in FULL_VOCABULARY_OBJECTIVES and not isinstance(teacher, WholeDistributions):
-        raise ConfigError(f"objective {config.objective} needs a teacher in this process (teacher_model)")
     torch.manual_seed(config.seed)  # LoRA starts from it
     student = load_student(
         config.student,
@@ -139,6 +148,20 @@ def prepare_run(
         num_ids=len(token_table(student.tokenizer)),
     )
     module.dropped_ids = tuple(sorted(request.drop_end_ids))
+    if shaping.importance_cap is not None and module.dropped_ids:
+        raise ConfigError(
+            "importance_cap does not go with end_token drop: completions were sampled with the end token, and the "
+            "probabilities that the loss sees are those without it"
+        )
+    module.reward_floor = shaping.reward_floor
+    if "vocabulary" in (request.support, evaluation_request.support):
+        tell("fetching the teacher's output head, unless it is in the cache")
+        module.teacher_head = TeacherHead.load(
+            teacher.head_file(config.head_cache),
+            temperature=config.temperature,
+            device=accelerator.device,
+            vocab_size=teacher.info.vocab_size,
+        ).with_exchanged_ids(request.swap.pair)
     check_room(config, directory, module)
     for line in (*introduce(config, student, teacher, prompts, eval_prompts, request), *bias_warnings(config)):
         tell(line)
@@ -167,11 +190,32 @@ def prepare_run(
         sampler=make_sampler(config, student, seed=config.seed),
         request=request,
         evaluation_request=evaluation_request,
+        shaping=shaping,
         prompts=prompts,
         eval_prompts=eval_prompts,
         identity=identity,
         state=state,
     )
+
+
+def check_objective(config: TrainConfig) -> Shaping:
+    """What is done to rewards and advantages. Raises: ConfigError for settings that do not go together."""
+    choose_baseline(config.objective, config.baseline)
+    shaping = Shaping(reward_floor(config.reward_clip_lambda), config.advantage_clip, config.importance_cap)
+    check_shaping(config.objective, shaping, has_task_reward=config.task_reward_weight > 0)
+    return shaping
+
+
+def check_answers(config: TrainConfig, rows: Sequence[PromptRow]) -> None:
+    """A task reward compares every completion with an answer. Raises: ConfigError naming the rows without one."""
+    if config.task_reward_weight == 0:
+        return
+    without = [row.source for row in rows if row.answer is None]
+    if without:
+        raise ConfigError(
+            f"task_reward_weight {config.task_reward_weight:g} needs an answer in every row of {config.prompts}; "
+            f"{len(without)} of {len(rows)} have none, first {without[0]}"
+        )
 
 
 def make_sampler(config: TrainConfig, student: LoadedStudent, *, seed: int) -> RolloutSampler:

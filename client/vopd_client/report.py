@@ -123,6 +123,11 @@ def headline(run: RunData) -> list[Figure]:
         start, end, where = run.metrics[0].get("kl_nats"), run.metrics[-1].get("kl_nats"), ""
     note = "nats per token" + (f", from {nats(start)}" if start is not None else "")
     found.append(Figure(f"KL to the teacher{where}", nats(end), note))
+    shares = _known(run.column("variance_over_opd"))
+    if shares:
+        found.append(
+            Figure("Noise of the gradient", f"{sum(shares) / len(shares):.0%}", "of opd's variance at the same states")
+        )
     seconds = run.summary.get("train_seconds", sum(_known(run.column("step_s"))))
     waited = run.summary.get("teacher_wait_seconds", sum(_known(run.column("teacher_wait_s"))))
     share = waited / seconds if seconds else 0.0

@@ -1,7 +1,4 @@
-"""From a rollout to the teacher and back: what is asked, in whose labels, and waiting for it in the open.
-
-Axes: T completion tokens, V vocabulary.
-"""
+"""From a rollout to the teacher and back: what is asked, in whose labels, and waiting for it in the open."""
 
 from __future__ import annotations
 
@@ -9,10 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-import numpy as np
-from torch import Tensor
 
 from vopd_client.alignment import SupportOwner
 from vopd_client.handshake import IdSwap
@@ -21,6 +14,7 @@ from vopd_client.render import Prompt
 from vopd_client.rollouts.base import Rollout
 from vopd_client.types import (
     Candidates,
+    HiddenStates,
     NoSupport,
     SequenceScores,
     SequenceToScore,
@@ -28,25 +22,15 @@ from vopd_client.types import (
     Teacher,
     TeacherTopK,
 )
-from vopd_proto.arrays import Float32Array, IntArray
 
 LOOK_UP_EVERY_S = 0.2  # while waiting: for a signal, and for what the teacher's client says
-
-
-@runtime_checkable
-class WholeDistributions(Protocol):
-    """A teacher in this process can give its log-probabilities of every id."""
-
-    def full_logprobs(self, context_ids: IntArray, completion_ids: IntArray) -> Tensor:
-        """[T, V] float32."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What this run asks the teacher about every rollout.
 
-    support: whose ids the support is; "none": sampled log-probabilities alone.
+    support: whose ids the support is; "none": sampled log-probabilities alone; "vocabulary": hidden states.
     swap: the student's end token and the teacher's, exchanged on the way out and back.
     drop_end_ids: end tokens whose rows stay out of the loss.
     """
@@ -61,18 +45,14 @@ class Request:
         sequence = SequenceToScore(prompt.teacher_ids, rollout.completion_ids, self._support(rollout))
         return self.swap.to_teacher(sequence)
 
-    def full_logprobs(self, sent: SentRollout, teacher: WholeDistributions) -> Float32Array:
-        """The teacher's log-probabilities of every id at every row of one rollout, [T, V], in the student's labels."""
-        completion_ids = self.swap.ids(sent.rollout.completion_ids)
-        full_TV: Float32Array = teacher.full_logprobs(sent.prompt.teacher_ids, completion_ids).cpu().numpy()
-        return full_TV[:, self.swap.ids(np.arange(full_TV.shape[1]))]
-
     def _support(self, rollout: Rollout) -> Support:
         match self.support:
             case "student":
                 return Candidates(rollout.support_ids, rollout.support_counts_T)
             case "teacher":
                 return TeacherTopK(self.top_k)
+            case "vocabulary":
+                return HiddenStates()
             case "none":
                 return NoSupport()
 

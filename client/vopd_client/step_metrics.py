@@ -24,10 +24,12 @@ class StepSums:
 
     values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+    def add_rollouts(self, rollouts: Sequence[Rollout], task_rewards: Sequence[float] | None) -> None:
         self.values["num_rollouts"] += len(rollouts)
         self.values["num_ended"] += sum(rollout.ended for rollout in rollouts)
         self.values["num_completion_tokens"] += sum(len(rollout.completion_ids) for rollout in rollouts)
+        if task_rewards is not None:
+            self.values["task_reward"] += sum(task_rewards)
 
     def add_microbatch(self, loss: LossOutput, student: StudentOutputs, batch: Batch) -> None:
         self.values["loss"] += float(loss.loss_sum.detach())
@@ -54,7 +56,13 @@ class StepTimes:
 
 
 def metrics_row(
-    step: int, totals: Mapping[str, float], times: StepTimes, *, grad_norm: float, learning_rate: float
+    step: int,
+    totals: Mapping[str, float],
+    times: StepTimes,
+    *,
+    grad_norm: float,
+    adam_variance: float,
+    learning_rate: float,
 ) -> dict[str, Any]:
     """One row of metrics.jsonl: means over the step's valid tokens (or rollouts) of all processes."""
     num_valid_tokens = int(totals["num_valid_tokens"])
@@ -65,10 +73,12 @@ def metrics_row(
         "loss": totals["loss"] * per_token,
         **mean_metrics(totals, num_valid_tokens),
         "grad_norm": grad_norm,
+        "adam_moment_variance": adam_variance,
         "learning_rate": learning_rate,
         "num_valid_tokens": num_valid_tokens,
         "completion_tokens_mean": totals["num_completion_tokens"] * per_rollout,
         "ended_fraction": totals["num_ended"] * per_rollout,
+        **({"task_reward_mean": totals["task_reward"] * per_rollout} if "task_reward" in totals else {}),
         "logprob_mismatch_nats": totals["logprob_mismatch"] * per_token,
         "teacher_bytes_per_token": totals["teacher_bytes"] * per_token,
         "teacher_wait_s": times.teacher_wait_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from vopd_client.alignment import SupportOwner
@@ -17,6 +18,7 @@ from vopd_client.handshake import (
 )
 from vopd_client.prompts import Prompt, PromptRow, render_prompts
 from vopd_client.scoring import Request
+from vopd_client.shaping import reward_floor
 from vopd_client.student import LoadedStudent
 from vopd_client.types import SupportKind, Teacher, TeacherInfo
 from vopd_proto.fingerprint import token_table
@@ -28,14 +30,24 @@ _SUPPORT_OWNERS: dict[SupportKind, SupportOwner] = {
     "candidates": "student",
     "teacher_top_k": "teacher",
     "sampled": "none",
+    "hidden_states": "vocabulary",
 }
 
 
 class ConnectedTeacher(Teacher, Protocol):
-    """A teacher that can also show its tokenizer, to say what differs."""
+    """A teacher that can also show its tokenizer, to say what differs, and perhaps its output head."""
 
     def tokenizer(self) -> tuple[list[bytes], str]:
         """The id -> token table, and the tokenizer's JSON."""
+        ...
+
+    def head_file(self, cache_dir: Path | None = None) -> Path:
+        """The safetensors file of the output head, laid out as teacher.proto says; blocks while it is fetched.
+
+        cache_dir: where what comes over a wire is kept; None: the user's cache directory.
+
+        Raises: TeacherUnsupportedError when the teacher does not give it away.
+        """
         ...
 
 
@@ -76,6 +88,13 @@ def longest_completion(config: TrainConfig) -> int:
     return max(config.max_new_tokens, config.eval_max_new_tokens or 0)
 
 
+def needs_vocabulary(config: TrainConfig) -> str:
+    """The setting that cannot do without the teacher's whole distribution; empty: there is none."""
+    if config.objective in FULL_VOCABULARY_OBJECTIVES:
+        return f"objective {config.objective}"
+    return "eval_kl vocabulary" if config.eval_kl == "vocabulary" else ""
+
+
 def plan_requests(
     config: TrainConfig, student: LoadedStudent, teacher: ConnectedTeacher, prompts: Sequence[Prompt], tell: Tell
 ) -> tuple[Request, Request]:
@@ -83,7 +102,10 @@ def plan_requests(
 
     Raises: HandshakeError for something the teacher cannot do.
     """
-    needs_support = config.objective not in {"opd", *FULL_VOCABULARY_OBJECTIVES}
+    trains_on_vocabulary = config.objective in FULL_VOCABULARY_OBJECTIVES
+    needs_support = config.objective != "opd" and not trains_on_vocabulary
+    can_measure_vocabulary = config.eval_prompts is not None and "hidden_states" in teacher.info.supports
+    measures_vocabulary = config.eval_kl == "vocabulary" or (config.eval_kl == "auto" and can_measure_vocabulary)
     plan: ScoringPlan = check_capabilities(
         teacher.info,
         support=config.support,
@@ -93,6 +115,7 @@ def plan_requests(
         max_prompt_tokens=max(len(prompt.teacher_ids) for prompt in prompts),
         max_new_tokens=longest_completion(config),
         deterministic=config.deterministic,
+        needs_vocabulary=needs_vocabulary(config),
     )
     main_end_id = student.tokenizer.eos_token_id
     end_tokens = compare_end_tokens(
@@ -112,7 +135,8 @@ def plan_requests(
     def request(support: SupportKind) -> Request:
         return Request(_SUPPORT_OWNERS[support], config.top_k, swap, drop_end_ids)
 
-    return request(plan.support if needs_support else "sampled"), request(plan.support)
+    training: SupportKind = "hidden_states" if trains_on_vocabulary else plan.support if needs_support else "sampled"
+    return request(training), request("hidden_states" if measures_vocabulary else plan.support)
 
 
 def introduce(
@@ -127,7 +151,12 @@ def introduce(
     info, module = teacher.info, student.module
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    supports = {"student": f"student's top {config.top_k}", "teacher": f"teacher's top {config.top_k}", "none": "none"}
+    supports = {
+        "student": f"student's top {config.top_k}",
+        "teacher": f"teacher's top {config.top_k}",
+        "none": "none",
+        "vocabulary": "the whole vocabulary",
+    }
     return [
         f"teacher: {info.model_id} ({info.engine} {info.engine_version}, {info.dtype}, revision {info.model_revision})",
         f"student: {config.student}, {num_parameters:,} parameters, {num_trained:,} of them trained; "
@@ -141,6 +170,15 @@ def introduce(
 def bias_warnings(config: TrainConfig) -> list[str]:
     """Settings under which the gradient is not the unbiased one, and by what."""
     warnings = []
+    if config.reward_clip_lambda is not None:
+        warnings.append(
+            f"reward_clip_lambda {config.reward_clip_lambda:g} is biased: rewards end at "
+            f"{reward_floor(config.reward_clip_lambda):.2f} nats (reward_clipped_fraction says how many would be lower)"
+        )
+    if config.advantage_clip is not None:
+        warnings.append(
+            f"advantage_clip {config.advantage_clip:g} is biased (advantage_clipped_fraction says how much)"
+        )
     if config.objective == "topk-kl":
         warnings.append("topk-kl is biased: mass outside the support is not seen (left_out_mass_mean says how much)")
     if config.lora_dropout > 0:

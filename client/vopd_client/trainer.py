@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from vopd_client.batch import plan_microbatches
 from vopd_client.checkpoint import TrainerState, save_checkpoint
-from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.config import TrainConfig
 from vopd_client.ending import finish_run
 from vopd_client.errors import (
     AlignmentError,
@@ -32,18 +32,20 @@ from vopd_client.errors import (
     TeacherUnavailableError,
     VopdError,
 )
+from vopd_client.evaluation import judge
 from vopd_client.interruption import Interrupted, StopRequest, stop_on_signals
 from vopd_client.losses import compute_loss
-from vopd_client.optimization import check_finite, scale_and_clip
+from vopd_client.optimization import adam_moment_variance, check_finite, scale_and_clip
 from vopd_client.periodic_evaluation import evaluate, evaluation_due, make_batch
-from vopd_client.preparation import Run, connect_teacher, load_rows, prepare_run
+from vopd_client.preparation import Run, check_objective, connect_teacher, load_rows, prepare_run
 from vopd_client.processes import Problem, agree, from_main_process, make_accelerator, make_deterministic
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.run_directory import RunDirectory, claim_run_directory, run_path
 from vopd_client.schedule import dropout_seed, is_due, rollouts_of_step, share_of_process
-from vopd_client.scoring import SentRollout, Waiter, WholeDistributions, send
+from vopd_client.scoring import SentRollout, Waiter, send
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.student import StudentOutputs
+from vopd_client.task_rewards import leave_one_out_advantages
 from vopd_client.teaching import ConnectedTeacher
 from vopd_client.tracking import RunLog, print_line
 
@@ -81,6 +83,7 @@ def _run(config: TrainConfig, console: Console, stop: StopRequest, connect: Conn
     tell = partial(print_line, console if accelerator.is_main_process else Console(quiet=True))
     if not (console.is_terminal and accelerator.is_main_process):
         transformers_logging.disable_progress_bar()
+    check_objective(config)
     with _directory(config, accelerator) as directory:
         rows = load_rows(config)  # malformed rows are reported before anything is loaded
         tell(f"connecting to the teacher: {config.teacher_model or ', '.join(config.teacher_url)}")
@@ -170,9 +173,10 @@ class Trainer:
         problem: Problem | None = None
         try:
             sent = self._sample(step)
+            task_rewards = self._task_rewards(sent)
             rollout_s = time.perf_counter() - began
-            sums.add_rollouts([item.rollout for item in sent])
-            last_loss_sum = self._accumulate(step, sent, waiter, sums)
+            sums.add_rollouts([item.rollout for item in sent], task_rewards)
+            last_loss_sum = self._accumulate(step, sent, self._task_advantages(sent, task_rewards), waiter, sums)
         except (Interrupted, VopdError) as error:
             problem = error
         except torch.OutOfMemoryError as error:
@@ -194,7 +198,16 @@ class Trainer:
             teacher_bytes=self.state.teacher_bytes + int(totals["teacher_bytes"]),
             num_valid_tokens=self.state.num_valid_tokens + int(totals["num_valid_tokens"]),
         )
-        self._log.step(metrics_row(step, totals, times, grad_norm=grad_norm, learning_rate=learning_rate))
+        self._log.step(
+            metrics_row(
+                step,
+                totals,
+                times,
+                grad_norm=grad_norm,
+                adam_variance=adam_moment_variance(run.optimizer),
+                learning_rate=learning_rate,
+            )
+        )
 
     def evaluate_if_due(self, step: int) -> None:
         """Evaluates and writes it down, on the main process; the others learn whether it worked."""
@@ -261,7 +274,29 @@ class Trainer:
             config.seed, step, len(self.run.prompts), config.prompts_per_step, config.rollouts_per_prompt
         )
 
-    def _accumulate(self, step: int, sent: list[SentRollout], waiter: Waiter, sums: StepSums) -> Tensor:
+    def _task_rewards(self, sent: list[SentRollout]) -> list[float] | None:
+        """1 for a completion that its row's verifier accepts, else 0; None when they have no part in the loss."""
+        if self.run.config.task_reward_weight == 0:
+            return None
+        student = self.run.student
+        samples = judge(
+            [item.prompt for item in sent],
+            [item.rollout.completion_ids for item in sent],
+            student.tokenizer,
+            student.end_ids,
+        )
+        return [float(bool(sample.correct)) for sample in samples]
+
+    def _task_advantages(self, sent: list[SentRollout], task_rewards: list[float] | None) -> list[float]:
+        """What each completion's task reward adds to the advantage of all its tokens."""
+        if task_rewards is None:
+            return [0.0] * len(sent)
+        advantages = leave_one_out_advantages(task_rewards, [item.rollout.key.prompt_index for item in sent])
+        return [float(self.run.config.task_reward_weight * advantage) for advantage in advantages]
+
+    def _accumulate(
+        self, step: int, sent: list[SentRollout], task_advantages: list[float], waiter: Waiter, sums: StepSums
+    ) -> Tensor:
         """Adds up gradients of all microbatches but the last, whose summed loss it returns.
 
         The plan depends on lengths alone, never on the order in which answers arrive.
@@ -272,23 +307,23 @@ class Trainer:
         torch.manual_seed(dropout_seed(run.config.seed, step, run.accelerator.process_index))
         run.optimizer.zero_grad()
         plan = plan_microbatches([item.num_tokens for item in sent], run.config.microbatch_tokens)
-        *earlier, last = [[sent[index] for index in indices] for indices in plan]
-        for items in earlier:
+        *earlier, last = [
+            ([sent[index] for index in indices], [task_advantages[index] for index in indices]) for indices in plan
+        ]
+        for items, advantages in earlier:
             with run.accelerator.no_sync(run.model):
-                run.accelerator.backward(self._loss_sum(step, items, waiter, sums))
-        return self._loss_sum(step, last, waiter, sums)
+                run.accelerator.backward(self._loss_sum(step, items, advantages, waiter, sums))
+        return self._loss_sum(step, *last, waiter, sums)
 
-    def _loss_sum(self, step: int, items: list[SentRollout], waiter: Waiter, sums: StepSums) -> Tensor:
+    def _loss_sum(
+        self, step: int, items: list[SentRollout], task_advantages: list[float], waiter: Waiter, sums: StepSums
+    ) -> Tensor:
         """The loss of one microbatch, summed over its tokens, once its answers are there."""
         run, config = self.run, self.run.config
         self._stop.check()
         names = [item.prompt.source for item in items]
         scores = [waiter.scores(item) for item in items]
-        full = None
-        if config.objective in FULL_VOCABULARY_OBJECTIVES:
-            assert isinstance(run.teacher, WholeDistributions)
-            full = [run.request.full_logprobs(item, run.teacher) for item in items]
-        batch = make_batch(run, run.request, [item.rollout for item in items], scores, names, full)
+        batch = make_batch(run, run.request, [item.rollout for item in items], scores, names, task_advantages)
         batch = batch.to(run.accelerator.device)
         student: StudentOutputs = run.model(
             batch.input_ids_BS,
@@ -298,10 +333,18 @@ class Trainer:
             batch.support_ids_BTK,
             batch.support_mask_BTK,
             batch.loss_mask_BT,
-            want_full=full is not None,
+            batch.teacher_hidden_BTH,
+            want_kl_gradient=config.objective == "full-kl",
         )
         try:
-            loss = compute_loss(config.objective, student, batch, tail=config.tail, baseline=config.baseline)
+            loss = compute_loss(
+                config.objective,
+                student,
+                batch,
+                tail=config.tail,
+                baseline=config.baseline,
+                shaping=run.shaping,
+            )
             check_finite(float(loss.loss_sum.detach()), "loss")
         except NonFiniteError as error:
             raise stopped_before_update(step, names, error) from error

@@ -144,7 +144,6 @@ def test_a_teacher_that_lacks_a_likely_id_makes_no_nan_in_any_objective(objectiv
         sampled_logprobs_BT=leaf_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0],
         support_logprobs_BTK=leaf_BTV.gather(-1, batch.support_ids_BTK),
         sum_pi_squared_BT=student_BTV.exp().square().sum(-1),
-        full_logprobs_BTV=None,
     )
     output = compute_loss(objective, student, batch, tail=tail)
     output.loss_sum.backward()
@@ -193,17 +192,29 @@ def test_an_empty_completion_is_a_row_without_valid_tokens():
     assert single(empty, scores([], [])).loss_mask_BT.shape == (1, 0)
 
 
-def test_full_teacher_logprobs_are_cut_to_the_shared_ids_and_padded():
-    full = [np.full((3, 12), -1.0, np.float32), np.full((1, 12), -2.0, np.float32)]
-    batch = pair(teacher_full=full)
-    assert batch.teacher_full_logprobs_BTV.shape == (2, 3, 10)
-    assert batch.teacher_full_logprobs_BTV[:, :, 0].tolist() == [[-1, -1, -1], [-2, 0, 0]]
+def test_hidden_states_take_the_place_of_a_support_and_are_padded():
+    with_states = [
+        replace(scores([-1.0] * num_tokens, [[]] * num_tokens), hidden_states_TH=np.full((num_tokens, 4), value))
+        for num_tokens, value in ((3, np.float32(-1)), (1, np.float32(-2)))
+    ]
+    batch = collate(
+        [LONG, SHORT], with_states, prompt_names=("data:1", "data:2"), pad_id=0, num_shared_ids=10, support="vocabulary"
+    )
+    assert batch.teacher_hidden_BTH.shape == (2, 3, 4)
+    assert batch.teacher_hidden_BTH[:, :, 0].tolist() == [[-1, -1, -1], [-2, 0, 0]]
+    assert batch.support_mask_BTK.shape == (2, 3, 0)
+
+
+def test_a_task_advantage_reaches_every_token_of_its_completion():
+    batch = pair(task_advantages=[0.5, -1.0])
+    assert batch.task_advantages_BT.tolist() == [[0.5, 0.5, 0.5], [-1.0, 0.0, 0.0]]
+    assert not pair().task_advantages_BT.any()
 
 
 def test_a_batch_moves_with_all_its_tensors_and_keeps_what_is_none():
     moved = pair().to(torch.device("meta"))
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
-    assert moved.teacher_full_logprobs_BTV is None
+    assert moved.teacher_hidden_BTH is None
     assert moved.prompt_names == ("data:1", "data:2")
 
 
@@ -255,12 +266,12 @@ def test_a_batch_moves_with_all_its_tensors_and_keeps_what_is_none():
         (LONG, LONG_SCORES, {"num_shared_ids": 3}, "completion token 2 of data:1 is id 3; .* share the ids below 3"),
         (replace(LONG, prompt_ids=ints()), LONG_SCORES, {}, "data:1 has an empty prompt"),
         (LONG, LONG_SCORES, {"prompt_names": ()}, "1 rollouts, 1 scores and 0 prompt names make no batch"),
-        (LONG, LONG_SCORES, {"teacher_full": []}, "0 full teacher arrays for 1 rollouts"),
+        (LONG, LONG_SCORES, {"support": "vocabulary"}, "no hidden states from the teacher for the 3 completion tokens"),
         (
             LONG,
-            LONG_SCORES,
-            {"teacher_full": [np.zeros((3, 9), np.float32)]},
-            r"the teacher's full log-probabilities for data:1 are \[3, 9\]; 3 completion tokens and 10 shared ids",
+            replace(LONG_SCORES, hidden_states_TH=np.zeros((2, 4), np.float32)),
+            {"support": "vocabulary"},
+            "2 hidden states from the teacher for the 3 completion tokens of data:1",
         ),
     ],
 )

@@ -35,8 +35,11 @@ def test_every_setting_of_every_command_has_a_description(command: str) -> None:
         (["info", "--teacher-url", "ftp://host"], "ftp://host"),
         (["report", "does/not/exist"], "does/not/exist"),
         (
-            ["train", "--student", "s", "--prompts", "p", "--teacher-url", "grpc://x:1", "--objective", "full-kl"],
-            "objective full-kl needs the teacher's full distribution",
+            [
+                *("train", "--student", "s", "--prompts", "p", "--teacher-url", "grpc://x:1"),
+                *("--objective", "full-kl", "--advantage-clip", "2"),
+            ],
+            "advantage clipping does not go with objective full-kl",
         ),
         (["eval", "--model", "m", "--prompts", "missing.jsonl"], "missing.jsonl"),
     ],

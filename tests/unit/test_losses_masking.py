@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from enumeration import EVERY_SAMPLED_ESTIMATOR, Outputs, batch_of_every_token, random_state
+from enumeration import EVERY_SAMPLED_ESTIMATOR, Outputs, batch_of_every_token, plain_moments, random_state
 from vopd_client.batch import Batch
-from vopd_client.errors import AlignmentError, ConfigError, NonFiniteError
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES
+from vopd_client.errors import ConfigError, NonFiniteError
 from vopd_client.losses import compute_loss
 
 B, T, K, V = 4, 5, 3, 7
@@ -33,8 +34,9 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Batc
     leaves = {
         "sampled_logprobs_BT": student_BTV.gather(-1, completion_ids_BT[..., None])[..., 0],
         "support_logprobs_BTK": student_BTV.gather(-1, support_ids_BTK),
-        "full_logprobs_BTV": student_BTV,
         "sum_pi_squared_BT": student_BTV.exp().square().sum(-1),
+        "full_logprobs_BTV": student_BTV,
+        "teacher_full_logprobs_BTV": teacher_BTV,
     }
     leaves = {name: value.to(dtype).detach().requires_grad_() for name, value in leaves.items()}
     batch = Batch(
@@ -48,14 +50,32 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Batc
         behaviour_logprobs_BT=torch.zeros(B, T),
         teacher_logprobs_BT=teacher_BTV.gather(-1, completion_ids_BT[..., None])[..., 0].to(dtype),
         teacher_support_logprobs_BTK=teacher_BTV.gather(-1, support_ids_BTK).to(dtype),
-        teacher_full_logprobs_BTV=teacher_BTV.to(dtype),
+        task_advantages_BT=torch.zeros(B, T, dtype=dtype),
+        teacher_hidden_BTH=None,
         prompt_names=("data:1", "data:2", "data:3", "data:4"),
     )
     return leaves, batch
 
 
+def outputs(leaves: dict[str, Tensor], batch: Batch, objective: str) -> Outputs:
+    """What the student would give the objective: moments of the whole distributions to those over the vocabulary."""
+    named = {name: leaf for name, leaf in leaves.items() if "full" not in name}
+    if objective not in FULL_VOCABULARY_OBJECTIVES:
+        return Outputs(**named)
+    student_BTV, teacher_BTV = leaves["full_logprobs_BTV"], leaves["teacher_full_logprobs_BTV"].detach()
+    if student_BTV.dtype == torch.bfloat16:  # moments never come in less than float32
+        student_BTV, teacher_BTV = student_BTV.float(), teacher_BTV.float()
+    student_NV, teacher_NV = student_BTV[batch.loss_mask_BT], teacher_BTV[batch.loss_mask_BT]
+    return Outputs(
+        **named,
+        whole_BT=plain_moments(student_BTV.detach(), teacher_BTV, None),
+        reverse_kl_sum=(student_NV.exp() * (student_NV - teacher_NV)).sum(),
+        num_ids=V,
+    )
+
+
 def loss_and_gradients(leaves, batch, objective, tail, baseline):
-    output = compute_loss(objective, Outputs(**leaves), batch, tail=tail, baseline=baseline)
+    output = compute_loss(objective, outputs(leaves, batch, objective), batch, tail=tail, baseline=baseline)
     gradients = torch.autograd.grad(output.loss_sum, list(leaves.values()), allow_unused=True)
     return output, dict(zip(leaves, gradients, strict=True))
 
@@ -129,8 +149,10 @@ def test_masked_positions_and_pad_columns_have_exactly_zero_gradient(objective, 
 def test_gradient_flows_through_the_student_terms_of_the_table_and_no_others(objective, tail, baseline):
     """A baseline is a constant: vopd gets no gradient through the support it is made of."""
     leaves, batch = example()
-    teacher = {name: getattr(batch, name).clone().requires_grad_() for name in vars(batch) if "teacher" in name}
-    output = compute_loss(objective, Outputs(**leaves), replace(batch, **teacher), tail=tail, baseline=baseline)
+    names = ("teacher_logprobs_BT", "teacher_support_logprobs_BTK")
+    teacher = {name: getattr(batch, name).clone().requires_grad_() for name in names}
+    student = outputs(leaves, batch, objective)
+    output = compute_loss(objective, student, replace(batch, **teacher), tail=tail, baseline=baseline)
     assert not any(value.requires_grad for value in output.sums.values())
     everything = {**leaves, **teacher}
     gradients = torch.autograd.grad(output.loss_sum, list(everything.values()), allow_unused=True)
@@ -162,7 +184,8 @@ def test_splitting_a_batch_into_microbatches_changes_nothing(objective, tail, ba
     parts = []
     for rows in plan:
         part_leaves, part_batch = rows_of(leaves, batch, rows)
-        parts.append(compute_loss(objective, Outputs(**part_leaves), part_batch, tail=tail, baseline=baseline))
+        student = outputs(part_leaves, part_batch, objective)
+        parts.append(compute_loss(objective, student, part_batch, tail=tail, baseline=baseline))
     total = sum(part.loss_sum for part in parts)
     torch.testing.assert_close(total, whole.loss_sum, rtol=0, atol=1e-6)
     for name, value in whole.sums.items():
@@ -192,8 +215,9 @@ def test_empty_completions_and_supports_without_columns_work(objective, tail, ba
         for name, value in {**leaves, **vars(batch)}.items()
         if isinstance(value, Tensor)
     }
-    student = Outputs(**{name: tensors.pop(name) for name in leaves})
-    output = compute_loss(objective, student, replace(batch, **tensors), tail=tail, baseline=baseline)
+    cut_leaves = {name: tensors.pop(name) for name in leaves}
+    batch = replace(batch, **tensors)
+    output = compute_loss(objective, outputs(cut_leaves, batch, objective), batch, tail=tail, baseline=baseline)
     output.loss_sum.backward()
     assert output.loss_sum.isfinite()
     assert all(value.isfinite() for value in output.sums.values())
@@ -252,8 +276,8 @@ def test_a_support_logprob_that_is_not_finite_names_its_id(owner):
 
 def test_an_id_that_only_the_student_gives_mass_to_makes_the_full_divergence_an_error():
     leaves, batch = example()
-    batch.teacher_full_logprobs_BTV[0, 1, 4] = -torch.inf
-    with pytest.raises(NonFiniteError, match=r"the teacher's log-probability of id 4 .* token 1 .* of data:1 is -inf"):
+    leaves["teacher_full_logprobs_BTV"].data[0, 1, 4] = -torch.inf
+    with pytest.raises(NonFiniteError, match=r"over the whole vocabulary at completion token 1 .* of data:1 is inf"):
         loss_and_gradients(leaves, batch, "full-kl", "renormalise", None)
 
 
@@ -262,7 +286,7 @@ def test_an_id_without_student_mass_adds_nothing_to_the_full_divergence(objectiv
     state = random_state(0, 0)
     state.student_logits_V[4] = -torch.inf
     state.teacher_logprobs_V[4] = -torch.inf
-    student, batch, leaf_YV = batch_of_every_token(state)
+    student, batch, leaf_YV = batch_of_every_token(state, objective=objective)
     output = compute_loss(objective, student, batch)
     output.loss_sum.backward()
     assert output.loss_sum.isfinite()
@@ -270,18 +294,15 @@ def test_an_id_without_student_mass_adds_nothing_to_the_full_divergence(objectiv
     assert not leaf_YV.grad[:, 4].any()
 
 
-@pytest.mark.parametrize("owner", ["student", "teacher"])
-def test_a_full_objective_without_full_logprobs_says_whose_are_missing(owner):
+@pytest.mark.parametrize("objective", ["vopd-full", "full-kl"])
+def test_an_objective_over_the_whole_vocabulary_is_not_computed_from_a_support(objective):
     leaves, batch = example()
-    student = Outputs(**{**leaves, "full_logprobs_BTV": None if owner == "student" else leaves["full_logprobs_BTV"]})
-    if owner == "teacher":
-        batch = replace(batch, teacher_full_logprobs_BTV=None)
-    with pytest.raises(ConfigError, match=f"full-kl needs the {owner}'s full log-probabilities"):
+    with pytest.raises(ConfigError, match=f"{objective} needs the teacher's whole distribution"):
+        compute_loss(objective, outputs(leaves, batch, "vopd"), batch)
+
+
+def test_full_kl_is_not_computed_from_a_divergence_without_a_gradient():
+    leaves, batch = example()
+    student = replace(outputs(leaves, batch, "full-kl"), reverse_kl_sum=None)
+    with pytest.raises(ConfigError, match="full-kl needs a differentiable KL"):
         compute_loss("full-kl", student, batch)
-
-
-def test_full_logprobs_over_different_numbers_of_ids_are_refused():
-    leaves, batch = example()
-    batch = replace(batch, teacher_full_logprobs_BTV=batch.teacher_full_logprobs_BTV[..., :-1])
-    with pytest.raises(AlignmentError, match=r"\[4, 5, 7\], the teacher's \[4, 5, 6\]"):
-        loss_and_gradients(leaves, batch, "full-kl", "renormalise", None)

@@ -154,7 +154,7 @@ def test_reported_sums_agree_with_the_distributions(objective, tail, baseline):
 
 def sums_when_sampled(objective, state, token_id, tail, baseline) -> dict[str, float]:
     """The sums of a batch whose only valid position is the one where `token_id` was sampled."""
-    student, batch, _ = batch_of_every_token(state)
+    student, batch, _ = batch_of_every_token(state, objective=objective)
     only_BT = torch.zeros_like(batch.loss_mask_BT)
     only_BT[token_id] = True
     output = compute_loss(objective, student, replace(batch, loss_mask_BT=only_BT), tail=tail, baseline=baseline)
@@ -171,6 +171,8 @@ def test_metrics_are_means_over_tokens_and_the_deviation_of_the_advantage():
         "advantage_squared": sum(value**2 for value in advantages),
         "left_out_mass": 0.3,
         "support_size": 12.0,
+        "variance": 0.75,
+        "opd_variance": 3.0,
     }
     assert mean_metrics(sums, 3) == pytest.approx(
         {
@@ -180,6 +182,8 @@ def test_metrics_are_means_over_tokens_and_the_deviation_of_the_advantage():
             "advantage_std": float(np.std(advantages)),
             "left_out_mass_mean": 0.1,
             "support_size_mean": 4.0,
+            "variance": 0.25,
+            "variance_over_opd": 0.25,
         }
     )
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from vopd_client.errors import TeacherInternalError
 from vopd_client.handshake import IdSwap
@@ -17,7 +15,7 @@ from vopd_client.interruption import Interrupted, StopRequest
 from vopd_client.prompts import Prompt
 from vopd_client.rollouts.base import Rollout, RolloutKey
 from vopd_client.scoring import Request, SentRollout, Waiter, send
-from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
 
 STUDENT_END, TEACHER_END = 7, 3
 PROMPT = Prompt(0, "p.jsonl:1", np.array([1, 2]), np.array([STUDENT_END, 1, 2]), None, None, None, "text")
@@ -75,6 +73,7 @@ def test_each_kind_of_support_is_asked_for_in_its_own_way() -> None:
     assert candidates.counts_T.tolist() == [2, 1]
     assert request("teacher").of(ROLLOUT, PROMPT).support == TeacherTopK(4)
     assert isinstance(request("none").of(ROLLOUT, PROMPT).support, NoSupport)
+    assert isinstance(request("vocabulary").of(ROLLOUT, PROMPT).support, HiddenStates)
 
 
 def test_end_tokens_are_exchanged_in_completion_and_support_and_never_in_the_context() -> None:
@@ -83,18 +82,6 @@ def test_end_tokens_are_exchanged_in_completion_and_support_and_never_in_the_con
     assert isinstance(sequence.support, Candidates)
     assert sequence.support.ids.tolist() == [5, STUDENT_END, TEACHER_END]
     assert sequence.context_ids.tolist() == [STUDENT_END, 1, 2]
-
-
-def test_whole_distributions_come_back_in_the_students_labels() -> None:
-    def full_logprobs(context_ids: np.ndarray, completion_ids: np.ndarray) -> torch.Tensor:
-        assert completion_ids.tolist() == [5, TEACHER_END]
-        return torch.arange(8.0).repeat(2, 1)
-
-    item = SentRollout(ROLLOUT, PROMPT, Future())
-    full_TV = request("none", swap=(STUDENT_END, TEACHER_END)).full_logprobs(
-        item, SimpleNamespace(full_logprobs=full_logprobs)
-    )
-    assert full_TV[0].tolist() == [0, 1, 2, 7, 4, 5, 6, 3]
 
 
 def test_waiting_tells_why_and_ends_with_the_answer() -> None:
