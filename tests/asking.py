@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 
-from fake_teacher import expected_scores
+from fake_teacher import FakeTeacher, Script, expected_scores
+from vopd_client.teacher import TeacherClient
 from vopd_client.teacher.patience import Timing
 from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
 
@@ -26,6 +29,9 @@ def assert_answers(scores: SequenceScores, asked: SequenceToScore, temperature: 
     np.testing.assert_array_equal(scores.support_ids, expected.support_ids)
     np.testing.assert_array_equal(scores.support_logprobs, expected.support_logprobs)
     np.testing.assert_array_equal(scores.counts_T, expected.counts_T)
+    assert (scores.hidden_states_TH is None) == (expected.hidden_states_TH is None)
+    if scores.hidden_states_TH is not None and expected.hidden_states_TH is not None:
+        np.testing.assert_array_equal(scores.hidden_states_TH, expected.hidden_states_TH)
 
 
 class FakeTime:
@@ -49,3 +55,14 @@ async def until(condition: Any) -> None:
     """Waits for something that another task or process brings about; the test's own time-out bounds it."""
     while not condition():  # noqa: ASYNC110 - what is waited for happens behind a socket
         await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def connected_to(
+    teacher_type: type[FakeTeacher], script: Script | None = None, **settings: Any
+) -> AsyncIterator[tuple[FakeTeacher, TeacherClient]]:
+    """A scripted teacher and a client of it, whose waiting takes no time unless it is given a `timing`."""
+    async with teacher_type(script) as teacher:
+        settings.setdefault("timing", FakeTime().timing)
+        async with TeacherClient(teacher.url, **settings) as client:
+            yield teacher, client

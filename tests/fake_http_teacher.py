@@ -34,16 +34,34 @@ STATUS_OF_CODE = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 
+OCTETS = {"Content-Type": "application/octet-stream"}
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back. cut_after: bytes of the body after which the connection is dropped, or with cut_all every one."""
+    """What goes back. cut_after: bytes of the body after which the connection is dropped, or with cut_all every one.
+
+    chunked: without a Content-Length. piece_bytes: written at a time, with a pause in between; 0: all at once.
+    """
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/x-protobuf"})
     cut_after: int | None = None
     cut_all: bool = False
+    chunked: bool = False
+    piece_bytes: int = 0
+    pause_s: float = 0.0
+
+    @property
+    def framing(self) -> dict[str, str]:
+        return {"Transfer-Encoding": "chunked"} if self.chunked else {"Content-Length": str(len(self.body))}
+
+    @property
+    def pieces(self) -> list[bytes]:
+        body = self.body[: self.cut_after]
+        step = self.piece_bytes or max(1, len(body))
+        return [body[first : first + step] for first in range(0, len(body), step)]
 
 
 def error_reply(refusal: Refusal) -> Reply:
@@ -144,10 +162,12 @@ class FakeHttpTeacher(FakeTeacher):
             self.record.metadata.append({name.decode(): value.decode() for name, value in request.headers})
             path = request.target.decode().removeprefix(self._prefix)
             reply = await self._reply(path, body)
-            headers = {**reply.headers, "Content-Length": str(len(reply.body))}
+            headers = reply.headers | reply.framing
             writer.write(connection.send(h11.Response(status_code=reply.status, headers=list(headers.items()))))
-            writer.write(connection.send(h11.Data(data=reply.body[: reply.cut_after])))
-            await writer.drain()
+            for piece in reply.pieces:
+                writer.write(connection.send(h11.Data(data=piece)))
+                await writer.drain()
+                await asyncio.sleep(reply.pause_s)
             if reply.cut_after is not None:
                 await asyncio.sleep(0.01)  # so that what was written is not thrown away with the connection
                 self.drop_connections() if reply.cut_all else writer.transport.abort()
@@ -172,7 +192,22 @@ class FakeHttpTeacher(FakeTeacher):
                 return Reply(self.info().SerializeToString())
             case "/v1/tokenizer":
                 return Reply(self.tokenizer().SerializeToString())
+            case "/v1/head":
+                return self._head()
         return Reply(b'{"detail":"Not Found"}', 404, {"Content-Type": "application/json"})
+
+    def _head(self) -> Reply:
+        self.record.num_head_calls += 1
+        script = self.script
+        if script.refuse_head:
+            return error_reply(script.refuse_head.popleft())
+        return Reply(
+            script.head,
+            headers=OCTETS,
+            cut_after=script.break_head_after.popleft() if script.break_head_after else None,
+            piece_bytes=script.head_piece_bytes,
+            pause_s=script.head_piece_pause_s,
+        )
 
     async def _score(self, body: bytes) -> Reply:
         if len(body) > self._max_message_bytes:

@@ -7,6 +7,7 @@ sequence's. A `Script` says what goes wrong; everything that arrives is recorded
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -18,13 +19,16 @@ import grpc.aio
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
-from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
 from vopd_proto import MAX_MESSAGE_BYTES, teacher_pb2_grpc
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import IntArray, pack_floats, pack_uints, unpack_uints
 from vopd_proto.fingerprint import tokenizer_fingerprint
 
 VOCAB_SIZE = 1000
+HIDDEN_SIZE = 6
+HEAD = np.random.default_rng(0).bytes(10_000)  # whose file nobody opens here
+HEAD_SHA256 = hashlib.sha256(HEAD).hexdigest()
 TOKENS = [f"token-{index}".encode() for index in range(VOCAB_SIZE)]
 
 
@@ -44,9 +48,16 @@ def expected_scores(sequence: SequenceToScore, temperature: float = 1.0) -> Sequ
             return SequenceScores(sampled, ids, top_k_logprobs(num_rows, k), np.full(num_rows, k))
         case Candidates(ids=ids, counts_T=counts):
             return SequenceScores(sampled, ids, candidate_logprobs(ids), counts)
-        case NoSupport():
+        case NoSupport() | HiddenStates() as support:
             nothing = np.empty(0, np.float32)
-            return SequenceScores(sampled, np.empty(0, np.int64), nothing, np.zeros(num_rows, np.int64))
+            hidden = hidden_states(sequence.completion_ids) if isinstance(support, HiddenStates) else None
+            return SequenceScores(sampled, np.empty(0, np.int64), nothing, np.zeros(num_rows, np.int64), hidden)
+
+
+def hidden_states(completion_ids: IntArray) -> np.ndarray:
+    """[T, H] position * 1000 + id + dimension / 10."""
+    rows_T = np.arange(len(completion_ids)) * 1000 + completion_ids
+    return (rows_T[:, None] + np.arange(HIDDEN_SIZE) / 10).astype(np.float32)
 
 
 def top_k_logprobs(num_rows: int, k: int) -> np.ndarray:
@@ -93,6 +104,12 @@ class Script:
     answer_nothing: bool = False
     answer_in_reverse: bool = False  # only with hold_answers_until
     change_answer: Callable[[pb.SequenceScores], None] | None = None
+    head: bytes = b""  # what GetHead sends; empty: not given away
+    refuse_head: deque[Refusal] = field(default_factory=deque)
+    break_head_after: deque[int] = field(default_factory=deque)  # bytes, then the connection breaks
+    announce_head_bytes: int | None = None  # instead of how many there are
+    head_piece_bytes: int = 4000
+    head_piece_pause_s: float = 0.0
 
 
 @dataclass
@@ -101,6 +118,7 @@ class Record:
 
     metadata: list[dict[str, str]] = field(default_factory=list)
     num_info_calls: int = 0
+    num_head_calls: int = 0
     score_requests: list[pb.ScoreRequest] = field(default_factory=list)
     streams: list[list[pb.ScoreStreamRequest]] = field(default_factory=list)
     max_outstanding: int = 0
@@ -184,7 +202,11 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
             dtype="float32",
             engine="fake",
             engine_version="0",
-            supports=pb.Supports(sampled=True, teacher_top_k=True, candidates=True),
+            supports=pb.Supports(
+                sampled=True, teacher_top_k=True, candidates=True, hidden_states=bool(self.script.head)
+            ),
+            hidden_size=HIDDEN_SIZE,
+            head_sha256=hashlib.sha256(self.script.head).hexdigest() if self.script.head else "",
             any_temperature=True,
             limits=pb.Limits(
                 max_sequences_per_request=8,
@@ -204,6 +226,27 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
 
     def tokenizer(self) -> pb.GetTokenizerResponse:
         return pb.GetTokenizerResponse(tokens=TOKENS, tokenizer_json="{}")
+
+    async def GetHead(self, request: pb.GetHeadRequest, context: Any) -> AsyncIterator[pb.GetHeadResponse]:
+        self.record.num_head_calls += 1
+        self._note_metadata(context)
+        if self.script.refuse_head:
+            await self.script.refuse_head.popleft().abort(context)
+        cut_after = self.script.break_head_after.popleft() if self.script.break_head_after else None
+        num_bytes = self.num_head_bytes
+        for first in range(0, len(self.script.head), self.script.head_piece_bytes):
+            if cut_after is not None and first >= cut_after:
+                await Refusal(grpc.StatusCode.UNAVAILABLE, "broken").abort(context)
+            piece = self.script.head[first : first + self.script.head_piece_bytes]
+            yield pb.GetHeadResponse(data=piece, num_bytes=num_bytes)
+            num_bytes = 0
+            await asyncio.sleep(self.script.head_piece_pause_s)
+
+    @property
+    def num_head_bytes(self) -> int:
+        """As announced."""
+        announced = self.script.announce_head_bytes
+        return len(self.script.head) if announced is None else announced
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         self.record.score_requests.append(request)
@@ -309,6 +352,8 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
             first, last, _ = rows.indices(len(counts))
             ids = unpack_uints(sequence.candidates.ids)[starts[first] : starts[last]]
             scores.support_logprobs.CopyFrom(pack_floats(candidate_logprobs(ids), pb.FLOAT32))
+        elif sequence.HasField("hidden_states"):
+            scores.hidden_states.CopyFrom(pack_floats(hidden_states(completion_ids)[rows], pb.FLOAT32))
         if self.script.change_answer is not None:
             self.script.change_answer(scores)
         return scores

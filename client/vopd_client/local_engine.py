@@ -1,7 +1,6 @@
 """The server's embedded engine, spoken to in the client's types.
 
 With `local_teacher`, which loads it on demand, the one place where the client imports the server.
-Axes: T completion tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
 
 import vopd_server.errors as server_errors
 import vopd_server.types as server_types
@@ -23,9 +22,10 @@ from vopd_client.errors import (
     TeacherUnavailableError,
     TeacherUnsupportedError,
 )
-from vopd_client.teacher.codec import checked_scores
+from vopd_client.teacher.score_checks import checked_scores
 from vopd_client.types import (
     Candidates,
+    HiddenStates,
     NoSupport,
     SequenceScores,
     SequenceToScore,
@@ -34,7 +34,6 @@ from vopd_client.types import (
     TeacherTopK,
 )
 from vopd_proto import MAX_MESSAGE_BYTES
-from vopd_proto.arrays import IntArray
 from vopd_server.engines.transformers import TransformersEngine
 from vopd_server.validation import Limits, SequenceShape, check_request, check_shapes, check_temperature
 
@@ -65,9 +64,13 @@ class LocalEngine:
 
     async def start(self) -> TeacherInfo:
         """Loads the model. Raises: ConfigError."""
-        with client_errors():
-            await self.engine.start()
-            check_temperature(self.temperature, self.engine.info)
+        try:
+            with client_errors():
+                await self.engine.start()
+                check_temperature(self.temperature, self.engine.info)
+        except Exception:
+            await self.engine.close()
+            raise
         return self.info
 
     async def close(self) -> None:
@@ -98,6 +101,7 @@ class LocalEngine:
             max_sequences_per_request=limits.max_sequences_per_request,
             max_tokens_per_request=limits.max_tokens_per_request,
             max_support_size=limits.max_top_k,
+            head_sha256=engine.head.sha256 if engine.head is not None else "",
         )
 
     @property
@@ -116,15 +120,19 @@ class LocalEngine:
             sampled_logprobs_T=scores.sampled_logprobs_T,
             support_logprobs=nothing if scores.support_logprobs is None else scores.support_logprobs.reshape(-1),
             top_k_ids=no_ids if scores.support_ids_TK is None else scores.support_ids_TK.reshape(-1),
+            hidden_states_TH=scores.hidden_states_TH,
             vocab_size=self.engine.info.vocab_size,
+            hidden_size=self.engine.info.hidden_size,
             queue_time_s=scores.queue_time_s,
             engine_time_s=scores.engine_time_s,
         )
 
-    def full_logprobs(self, context_ids: IntArray, completion_ids: IntArray) -> torch.Tensor:
-        """[T, V] float32, on the model's device. Blocks; not for the event loop's thread."""
-        with client_errors():
-            return self.engine.full_logprobs(self._validated(SequenceToScore(context_ids, completion_ids)))
+    def head_file(self) -> Path:
+        """The engine's own file of its output head. Raises: TeacherUnsupportedError when it made none."""
+        head = self.engine.info.head
+        if head is None:
+            raise TeacherUnsupportedError(f"{self.engine.info.model_id} was loaded without allow_full_vocab")
+        return head.path
 
     @property
     def _limits(self) -> Limits:
@@ -173,5 +181,7 @@ def _server_support(support: Support) -> server_types.Support:
             return server_types.TeacherTopK(k)
         case Candidates(ids=ids, counts_T=counts_T):
             return server_types.Candidates(ids, counts_T)
+        case HiddenStates():
+            return server_types.HiddenStates()
         case NoSupport():
             return server_types.NoSupport()

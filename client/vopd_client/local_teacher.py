@@ -1,8 +1,7 @@
 """A teacher in the student's own process: the server's embedded engine, without the wire.
 
 The client does not import the server, except here and in `local_engine`, and only when a local teacher is
-asked for: the objectives that need the whole distribution cannot send it over a network yet.
-Axes: T completion tokens, V vocabulary.
+asked for.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vopd_client.errors import ConfigError
 from vopd_client.teacher.loop_thread import LoopThread
 from vopd_client.types import SequenceScores, SequenceToScore, TeacherInfo
-from vopd_proto.arrays import IntArray
 
 if TYPE_CHECKING:
-    import torch
-
     from vopd_client.local_engine import LocalEngine
 
 
 class LocalTeacher:
-    """Implements `vopd_client.types.Teacher`, and gives whole distributions. Callable from any thread."""
+    """Implements `vopd_client.types.Teacher`. Callable from any thread."""
 
     def __init__(self, loop: LoopThread, engine: LocalEngine, info: TeacherInfo) -> None:
         """Use `load`."""
@@ -44,12 +41,14 @@ class LocalTeacher:
         temperature: float = 1.0,
         max_batch_tokens: int = 16_384,
         trust_remote_code: bool = False,
+        allow_full_vocab: bool = True,
     ) -> LocalTeacher:
         """Loads a directory or hub id and returns when it can score.
 
         dtype: auto is the checkpoint's own. device: None takes the best there is.
         temperature: of every log-probability that this teacher gives.
         max_batch_tokens: padded tokens of one forward pass, at most.
+        allow_full_vocab: hidden states and `head_file`, for a copy of the output head on the disk.
 
         Raises: ConfigError when the server's extra is not installed or the model cannot be loaded.
         """
@@ -70,6 +69,7 @@ class LocalTeacher:
                 max_batch_tokens=max_batch_tokens,
                 deterministic=deterministic,
                 trust_remote_code=trust_remote_code,
+                allow_full_vocab=allow_full_vocab,
             ),
             temperature,
         )
@@ -110,18 +110,14 @@ class LocalTeacher:
 
         return self._loop.run(score_all())
 
-    def full_logprobs(self, context_ids: IntArray, completion_ids: IntArray) -> torch.Tensor:
-        """[T, V] float32 natural-log probabilities of every id, row t given everything before completion token t.
-
-        On the teacher's device. Blocks until the model has a turn for it.
-
-        Raises: TeacherRequestError, TeacherInternalError, TeacherUnavailableError.
-        """
-        return self._engine.full_logprobs(context_ids, completion_ids)
-
     def tokenizer(self) -> tuple[list[bytes], str]:
         """The id -> token table and the tokenizer's JSON."""
         return self._engine.tokenizer
+
+    def head_file(self, cache_dir: Path | None = None) -> Path:
+        """The safetensors file of the output head. It lies where the engine put it, which is never `cache_dir`,
+        and lasts until this teacher is closed."""
+        return self._engine.head_file()
 
     def close(self) -> None:
         """Fails what is queued with TeacherUnavailableError and frees the model."""

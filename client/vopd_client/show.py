@@ -98,12 +98,19 @@ def _info_rows(info: TeacherInfo) -> list[tuple[str, str]]:
         ("context", f"{info.max_context_length:,} tokens, completion included"),
         ("scores", ", ".join(words for kind, words in _SUPPORT_WORDS.items() if kind in info.supports)),
         ("top-k", f"at most {info.max_support_size:,} ids a position"),
+        ("whole vocabulary", _whole_vocabulary(info)),
         ("temperature", "any" if info.any_temperature else "1 only"),
         ("deterministic", "yes" if info.deterministic else "no (start it with --deterministic)"),
         ("chat template", f"{len(info.chat_template):,} characters" if info.chat_template else "none"),
         ("a request", f"{info.max_sequences_per_request:,} sequences, {info.max_tokens_per_request:,} tokens"),
         ("server", info.server_version),
     ]
+
+
+def _whole_vocabulary(info: TeacherInfo) -> str:
+    if not info.head_sha256:
+        return "not given away (vopd-server serve --allow-full-vocab, transformers engine)"
+    return f"hidden states and the output head, SHA-256 {info.head_sha256[:16]}…"
 
 
 def _or_none(token_id: int | None) -> str:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from vopd_client.errors import (
     ConfigError,
     TeacherRequestError,
     TeacherUnavailableError,
+    TeacherUnsupportedError,
 )
 from vopd_client.local_teacher import LocalTeacher
-from vopd_client.types import Candidates, NoSupport, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceToScore, TeacherTopK
 
 TEMPERATURE = 0.7
 CONTEXT = np.array([72, 101, 108, 108, 111])
@@ -42,7 +46,7 @@ def logprobs_TV(tiny_model_dir: Path) -> torch.Tensor:
 
 def test_it_says_what_it_is(teacher: LocalTeacher):
     assert teacher.info.num_ids == teacher.info.vocab_size == 259
-    assert teacher.info.supports >= {"sampled", "teacher_top_k", "candidates"}
+    assert teacher.info.supports == {"sampled", "teacher_top_k", "candidates", "hidden_states"}
     assert teacher.info.max_support_size == 259
     assert (teacher.bytes_sent, teacher.bytes_received, teacher.waiting_reason) == (0, 0, "")
     assert len(teacher.tokenizer()[0]) == 259
@@ -65,11 +69,40 @@ def test_every_support_agrees_with_a_plain_forward(teacher: LocalTeacher, logpro
     assert sampled.counts_T.tolist() == [0] * 6
 
 
-def test_whole_distributions_agree_with_a_plain_forward(teacher: LocalTeacher, logprobs_TV: torch.Tensor):
-    full_TV = teacher.full_logprobs(CONTEXT, COMPLETION)
-    assert full_TV.shape == (6, 259)
-    assert full_TV.dtype == torch.float32
-    torch.testing.assert_close(full_TV, logprobs_TV, atol=1e-4, rtol=0)
+def test_hidden_states_through_the_head_are_the_whole_distribution(teacher: LocalTeacher, logprobs_TV: torch.Tensor):
+    asked = SequenceToScore(CONTEXT, COMPLETION, HiddenStates())
+    [scores] = teacher.score([asked])
+    assert scores.hidden_states_TH is not None
+    assert scores.hidden_states_TH.shape == (6, teacher.info.hidden_size)
+    path = teacher.head_file()
+    with safe_open(path, framework="pt") as head:
+        logits_TV = torch.from_numpy(scores.hidden_states_TH) @ head.get_tensor("weight").T
+        assert head.metadata() == {"logit_scale": "1.0"}
+    torch.testing.assert_close((logits_TV / TEMPERATURE).log_softmax(-1), logprobs_TV, atol=1e-4, rtol=0)
+    rows = torch.arange(6)
+    np.testing.assert_allclose(
+        scores.sampled_logprobs_T, logprobs_TV[rows, torch.tensor(COMPLETION)].numpy(), atol=1e-4
+    )
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == teacher.info.head_sha256
+    assert teacher.submit(SequenceToScore(CONTEXT, COMPLETION)).result().hidden_states_TH is None
+
+
+def test_the_head_lasts_as_long_as_its_teacher(tiny_model_dir: Path, tmp_path: Path):
+    with LocalTeacher.load(str(tiny_model_dir), device="cpu") as teacher:
+        path = teacher.head_file(tmp_path)
+        assert path.is_file()
+    assert not path.exists()
+    assert list(tmp_path.iterdir()) == []  # which is for heads that come over a wire
+
+
+def test_without_leave_there_are_neither_hidden_states_nor_a_head(tiny_model_dir: Path):
+    with LocalTeacher.load(str(tiny_model_dir), device="cpu", allow_full_vocab=False) as teacher:
+        assert teacher.info.head_sha256 == ""
+        assert "hidden_states" not in teacher.info.supports
+        with pytest.raises(TeacherUnsupportedError, match="allow_full_vocab"):
+            teacher.head_file()
+        with pytest.raises(TeacherUnsupportedError, match="hidden_states"):
+            teacher.score([SequenceToScore(CONTEXT, COMPLETION, HiddenStates())])
 
 
 def test_futures_of_many_submits_are_each_answered_their_own(teacher: LocalTeacher):
@@ -100,9 +133,13 @@ def test_bad_input_is_refused_as_over_the_wire_and_the_next_is_answered(
     assert len(teacher.score([SequenceToScore(CONTEXT, COMPLETION)])[0].sampled_logprobs_T) == 6
 
 
-def test_a_temperature_that_is_none_is_refused_when_loading(tiny_model_dir: Path):
+def test_a_temperature_that_is_none_is_refused_when_loading_and_leaves_no_head_behind(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(TeacherRequestError, match="temperature"):
         LocalTeacher.load(str(tiny_model_dir), device="cpu", temperature=0.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_not_there_is_a_setting_to_put_right(tmp_path: Path):

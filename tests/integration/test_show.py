@@ -135,6 +135,16 @@ def test_info_shows_what_matters(server: RunningTeacher):
     text = screen.getvalue()
     for part in (server.url, "transformers", "259 tokens", "its own top-k", "at most 259 ids", "temperature", "any"):
         assert part in text
+    assert "not given away (vopd-server serve --allow-full-vocab" in text
+
+
+def test_info_shows_that_the_head_is_offered(tiny_model_dir: Path):
+    terminal, screen = console()
+    with start_teacher(tiny_model_dir, "--allow-full-vocab") as running:
+        show_info(InfoConfig(teacher_url=[running.url]), terminal)
+        with RemoteTeacher.connect(running.url) as teacher:
+            sha256 = teacher.info.head_sha256
+    assert f"hidden states and the output head, SHA-256 {sha256[:16]}" in screen.getvalue()
 
 
 def test_scores_show_every_token_with_its_alternatives(server: RunningTeacher):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from asking import FakeTime, assert_answers, sequence, until
+from asking import FakeTime, assert_answers, connected_to, sequence, until
 from fake_http_teacher import FakeHttpTeacher
-from fake_teacher import TOKENS, FakeTeacher, Refusal, Script
+from fake_teacher import HEAD, TOKENS, FakeTeacher, Refusal, Script
 from teacher_process import RunningTeacher, start_teacher
 from vopd_client.errors import (
     AlignmentError,
@@ -36,7 +36,7 @@ from vopd_client.errors import (
 from vopd_client.teacher import RemoteTeacher, TeacherClient
 from vopd_client.teacher.patience import Timing
 from vopd_client.teacher.transport import CallFailed
-from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints
 
@@ -53,16 +53,6 @@ def teacher_type(request: pytest.FixtureRequest) -> type[FakeTeacher]:
 @pytest.fixture
 def connected(teacher_type: type[FakeTeacher]) -> Any:
     return partial(connected_to, teacher_type)
-
-
-@asynccontextmanager
-async def connected_to(
-    teacher_type: type[FakeTeacher], script: Script | None = None, **settings: Any
-) -> AsyncIterator[tuple[FakeTeacher, TeacherClient]]:
-    async with teacher_type(script) as teacher:
-        settings.setdefault("timing", FakeTime().timing)
-        async with TeacherClient(teacher.url, **settings) as client:
-            yield teacher, client
 
 
 # ---------------------------------------------------------------- what it is
@@ -629,6 +619,17 @@ def test_the_blocking_facade_scores_from_many_threads(teacher_type):
         assert teacher.waiting_reason == ""
 
 
+def test_the_blocking_facade_fetches_the_output_head(teacher_type, tmp_path: Path):
+    with (
+        TeacherThread(teacher_type, Script(head=HEAD)) as server,
+        RemoteTeacher.connect(server.url) as teacher,
+    ):
+        path = teacher.head_file(tmp_path)
+        assert path.read_bytes() == HEAD
+        assert teacher.head_file(tmp_path) == path
+        assert (teacher.head_bytes_received, teacher.bytes_received) == (len(HEAD), 0)
+
+
 def test_futures_fail_when_the_time_is_up(teacher_type):
     script = Script(answer_nothing=True)
     with TeacherThread(teacher_type, script) as server, RemoteTeacher.connect(server.url, timeout_s=0.2) as teacher:
@@ -795,6 +796,43 @@ def test_a_real_teacher_with_other_weights_is_refused_after_a_restart(
         server.kill()
         with start_teacher(other, **ports_of(server)), pytest.raises(HandshakeError, match="model revision"):
             teacher.submit(real_sequences()[0]).result()
+
+
+def test_a_real_teachers_hidden_states_and_head_are_its_whole_distribution(
+    scheme: str, tiny_model_dir: Path, tmp_path: Path
+):
+    rng = np.random.default_rng(1)
+    context, completion = rng.integers(0, 256, 20), rng.integers(0, 256, 30)
+    temperature, k = 0.7, 259
+    with (
+        start_teacher(tiny_model_dir, "--allow-full-vocab") as server,
+        RemoteTeacher.connect(url_of(server, scheme), temperature=temperature) as teacher,
+    ):
+        asked = SequenceToScore(context, completion, HiddenStates())
+        [scores, whole] = teacher.score([asked, SequenceToScore(context, completion, TeacherTopK(k))])
+        streamed = teacher.submit(asked).result()
+        path = teacher.head_file(tmp_path)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem == teacher.info.head_sha256
+        assert teacher.head_bytes_received == path.stat().st_size
+    weight_VH = load_file(path)["weight"].float().numpy()
+    for answer in (scores, streamed):
+        assert answer.hidden_states_TH is not None
+        logits_TV = answer.hidden_states_TH @ weight_VH.T / temperature
+        logprobs_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            np.take_along_axis(logprobs_TV, whole.support_ids.reshape(30, k), axis=1).reshape(-1),
+            whole.support_logprobs,
+            atol=1e-4,
+            rtol=0,
+        )
+
+
+def test_a_real_teacher_that_was_not_told_to_keeps_its_head(scheme: str, tiny_model_dir: Path, tmp_path: Path):
+    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme)) as teacher:
+        with pytest.raises(TeacherUnsupportedError, match="--allow-full-vocab"):
+            teacher.head_file(tmp_path)
+        with pytest.raises(TeacherUnsupportedError, match="hidden_states"):
+            teacher.submit(SequenceToScore(np.arange(3), np.arange(3), HiddenStates())).result()
 
 
 def test_a_real_teacher_names_the_field_that_is_wrong(scheme: str, tiny_model_dir: Path):

@@ -12,8 +12,8 @@ import pytest
 import trustme
 
 from asking import FakeTime, assert_answers, sequence, until
-from fake_http_teacher import FakeHttpTeacher, Reply
-from fake_teacher import FakeTeacher, Script
+from fake_http_teacher import OCTETS, FakeHttpTeacher, Reply
+from fake_teacher import HEAD, FakeTeacher, Script
 from vopd_client.errors import (
     AlignmentError,
     HandshakeError,
@@ -205,6 +205,42 @@ async def test_an_answer_without_end_is_not_read_for_ever(monkeypatch):
         teacher.gateway["/v1/score"].append(Reply(bytes(2**20)))
         with pytest.raises(TeacherRequestError, match="larger than max"):
             await client.score([sequence()])
+
+
+# ---------------------------------------------------------------- the output head
+
+
+async def test_a_head_whose_size_a_gateway_hides_is_known_by_its_checksum(tmp_path: Path):
+    async with connected(Script(head=HEAD)) as (teacher, client):
+        teacher.gateway["/v1/head"].append(Reply(HEAD, headers=OCTETS, chunked=True))
+        assert (await client.head_file(tmp_path)).read_bytes() == HEAD
+        assert teacher.record.metadata[-1]["accept"] == "application/octet-stream"
+
+
+async def test_a_gateway_without_a_teacher_is_asked_for_the_head_again(tmp_path: Path):
+    time = FakeTime()
+    async with connected(Script(head=HEAD), timing=time.timing) as (teacher, client):
+        teacher.gateway["/v1/head"].append(Reply(b"<html>", 502, HTML))
+        teacher.gateway["/v1/head"].append(Reply(b"<html>", 429, {**HTML, "Retry-After": "7"}))
+        assert (await client.head_file(tmp_path)).read_bytes() == HEAD
+        assert 7.0 <= time.slept_s[1] <= 7.0 * 1.25
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "shown"),
+    [
+        (Reply(b"<html>", 200, HTML), TeacherInternalError, "HTTP 200 OK, text/html"),
+        (Reply(b"", 200), TeacherInternalError, "HTTP 200 OK, application/x-protobuf"),
+        (Reply(b"", 401, HTML), TeacherPermissionError, "HTTP 401"),
+        (Reply(HEAD, 404, OCTETS), TeacherRequestError, "HTTP 404"),
+    ],
+)
+async def test_another_answer_is_no_head(reply, error, shown, tmp_path: Path):
+    async with connected(Script(head=HEAD)) as (teacher, client):
+        teacher.gateway["/v1/head"].append(reply)
+        with pytest.raises(error, match=shown):
+            await client.head_file(tmp_path)
+        assert client.head_bytes_received == 0
 
 
 # ---------------------------------------------------------------- other servers

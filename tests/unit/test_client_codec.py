@@ -9,14 +9,14 @@ from vopd_client.errors import AlignmentError, NonFiniteError, TeacherInternalEr
 from vopd_client.teacher.codec import decode_scores, pack_ids, sequence_message, teacher_info
 from vopd_client.teacher.outbox import ContextTable, Entry, Outbox
 from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
-from vopd_client.types import Candidates, NoSupport, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceToScore, TeacherTopK
 from vopd_proto import MAX_MESSAGE_BYTES
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints, unpack_uints
-from vopd_server.answer_codec import check_answer_fits
+from vopd_server.answer_codec import AnswerFormat, check_answer_fits
 from vopd_server.codec import shapes_of_request
 
-LIMITS = RequestLimits(max_sequences=4, max_tokens=100, max_message_bytes=2**20)
+LIMITS = RequestLimits(max_sequences=4, max_tokens=100, max_message_bytes=2**20, hidden_size=2)
 
 
 def sequence(context=(1, 2), completion=(3, 4, 5), support=None):
@@ -34,7 +34,13 @@ def answer(sampled=(-1.0, -2.0, -3.0), support=(), ids=(), k=0, num_rows=None, f
 
 
 def decode(asked, *chunks):
-    return decode_scores(asked, chunks, vocab_size=10)
+    return decode_scores(asked, chunks, vocab_size=10, hidden_size=2)
+
+
+def hidden_answer(rows, float_type=pb.FLOAT32):
+    scores = answer(sampled=[-1.0] * len(rows))
+    scores.hidden_states.CopyFrom(pack_floats(np.array(rows), float_type))
+    return scores
 
 
 RAGGED = Candidates(np.array([7, 8, 9]), np.array([2, 0, 1]))
@@ -54,6 +60,8 @@ def test_candidates_travel_ragged_with_their_lengths_first():
 def test_no_support_and_top_k_are_told_apart():
     assert sequence_message(sequence(), sequence_id="").WhichOneof("support") is None
     assert sequence_message(sequence(support=TeacherTopK(5)), sequence_id="").teacher_top_k.k == 5
+    asks_for_states = sequence_message(sequence(support=HiddenStates()), sequence_id="")
+    assert pb.Sequence.FromString(asks_for_states.SerializeToString()).WhichOneof("support") == "hidden_states"
 
 
 @pytest.mark.parametrize(
@@ -98,16 +106,37 @@ def test_without_a_support_every_row_is_empty():
     assert len(scores.support_ids) == len(scores.support_logprobs) == 0
 
 
-@pytest.mark.parametrize("support", [NoSupport(), TeacherTopK(3), Candidates(np.empty(0, np.int64), np.empty(0, int))])
+@pytest.mark.parametrize(
+    "support",
+    [NoSupport(), TeacherTopK(3), Candidates(np.empty(0, np.int64), np.empty(0, int)), HiddenStates()],
+)
 def test_an_empty_completion_has_an_empty_answer(support):
     scores = decode(sequence(completion=(), support=support), answer(sampled=()))
     assert len(scores.sampled_logprobs_T) == len(scores.counts_T) == 0
+    if isinstance(support, HiddenStates):
+        assert scores.hidden_states_TH is not None
+        assert scores.hidden_states_TH.shape == (0, 2)
+    else:
+        assert scores.hidden_states_TH is None
 
 
 def test_chunks_join_in_row_order():
     scores = decode(sequence(support=RAGGED), answer([-1.0], [-4.0, -5.0]), answer([-2.0]), answer([-3.0], [-6.0]))
     assert scores.sampled_logprobs_T.tolist() == [-1, -2, -3]
     assert scores.support_logprobs.tolist() == [-4, -5, -6]
+
+
+@pytest.mark.parametrize("float_type", [pb.FLOAT32, pb.FLOAT16, pb.BFLOAT16])
+def test_hidden_states_come_as_a_float32_matrix_whatever_their_type_and_their_chunks(float_type):
+    rows = [[1.0, 2.0], [-3.0, 0.5], [0.25, 6.0]]
+    asked = sequence(support=HiddenStates())
+    for chunks in ([rows], [rows[:1], rows[1:]], [rows[:2], [], rows[2:]]):
+        scores = decode(asked, *(hidden_answer(chunk, float_type) for chunk in chunks))
+        assert scores.hidden_states_TH is not None
+        assert scores.hidden_states_TH.dtype == np.float32
+        assert scores.hidden_states_TH.tolist() == rows
+        assert scores.sampled_logprobs_T.tolist() == [-1.0] * 3
+        assert scores.counts_T.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("float_type", [pb.FLOAT16, pb.BFLOAT16])
@@ -133,6 +162,10 @@ def test_narrow_floats_are_widened(float_type):
         (sequence(support=TeacherTopK(1)), answer(support=[-1] * 3, ids=[1, 2], k=1), "2 ids and 3 log-prob"),
         (sequence(support=TeacherTopK(1)), answer(support=[-1] * 3, ids=[1, 2, 10], k=1), "id 10 of 10"),
         (sequence(), pb.SequenceScores(num_rows=3, sampled_logprobs={"type": 1, "data": b"123"}), "3 bytes"),
+        (sequence(), hidden_answer([[1, 2]] * 3), "asked for no hidden states, answered with 3 x 2"),
+        (sequence(support=HiddenStates()), answer(), "asked for 3 x 2 hidden states, answered with none"),
+        (sequence(support=HiddenStates()), hidden_answer([[1, 2, 3]] * 3), "3 rows holds 9 numbers .* not 3 x 2"),
+        (sequence(support=HiddenStates()), hidden_answer([[1, 2]] * 2), "2 rows of scores for a completion of 3"),
         (sequence(), pb.SequenceScores(num_rows=3, sampled_logprobs={"type": 0, "data": b"1234"}), "float type 0"),
     ],
 )
@@ -152,6 +185,17 @@ def test_nan_and_plus_infinity_are_errors_everywhere(value):
         decode(sequence(), answer([-1.0, -2.0, value]))
     with pytest.raises(NonFiniteError, match="support id 9 at position 2"):
         decode(sequence(support=RAGGED), answer(support=[-1.0, -2.0, value]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_hidden_states_that_cannot_be_computed_with_are_errors_that_say_where(value):
+    with pytest.raises(NonFiniteError, match=r"-?(nan|inf) in dimension 1 at position 2 .*\(1 such values\)"):
+        decode(sequence(support=HiddenStates()), hidden_answer([[1, 2], [3, 4], [5, value]]))
+
+
+def test_one_chunk_without_its_hidden_states_spoils_the_answer():
+    with pytest.raises(AlignmentError, match="2 rows holds 0 numbers of hidden states, not 2 x 2"):
+        decode(sequence(support=HiddenStates()), hidden_answer([[1, 2]]), answer([-1.0, -2.0]))
 
 
 def test_a_candidate_of_probability_zero_is_a_fact():
@@ -196,9 +240,12 @@ def test_a_sequence_beyond_the_limits_goes_alone():
 
 
 def test_large_answers_are_spread_over_requests():
-    limits = RequestLimits(max_sequences=0, max_tokens=0, max_message_bytes=5000)
+    limits = RequestLimits(max_sequences=0, max_tokens=0, max_message_bytes=5000, hidden_size=200)
     plan = plan_requests([sequence(support=TeacherTopK(100))] * 4, limits)  # 3 rows x 100 x 8 bytes each
     assert [len(request) for request in plan] == [1, 1, 1, 1]
+    plan = plan_requests([sequence(support=HiddenStates())] * 4, limits)  # 3 rows x 200 x 4 bytes each
+    assert [len(request) for request in plan] == [1, 1, 1, 1]
+    assert len(plan_requests([sequence()] * 3, limits)) == 1
 
 
 def test_sequences_of_one_context_travel_together_and_the_context_once():
@@ -387,10 +434,14 @@ def test_a_leaving_replica_finishes_what_it_has_and_gets_no_more():
     assert sent(outbox) == ["c0", "b"]
 
 
-def test_no_planned_request_is_refused_for_the_size_of_its_answer():
+@pytest.mark.parametrize("support", [TeacherTopK(100), HiddenStates()])
+def test_no_planned_request_is_refused_for_the_size_of_its_answer(support):
     """The client plans by upper bounds; the teacher refuses by its own. They must count alike."""
-    sequences = [sequence(context=range(50), completion=range(373), support=TeacherTopK(100)) for _ in range(300)]
-    limits = RequestLimits(max_sequences=256, max_tokens=131_072, max_message_bytes=MAX_MESSAGE_BYTES)
+    hidden_size = 576
+    sequences = [sequence(context=range(50), completion=range(373), support=support) for _ in range(300)]
+    limits = RequestLimits(
+        max_sequences=256, max_tokens=131_072, max_message_bytes=MAX_MESSAGE_BYTES, hidden_size=hidden_size
+    )
     plan = plan_requests(sequences, limits)
     assert len(plan) > 1
     for indices_of_request in plan:
@@ -401,4 +452,6 @@ def test_no_planned_request_is_refused_for_the_size_of_its_answer():
             float_type=pb.FLOAT32,
             max_message_bytes=MAX_MESSAGE_BYTES,
         )
-        check_answer_fits(shapes_of_request(request), pb.FLOAT32, MAX_MESSAGE_BYTES)
+        check_answer_fits(
+            shapes_of_request(request), AnswerFormat(pb.FLOAT32, pb.FLOAT32, hidden_size), MAX_MESSAGE_BYTES
+        )

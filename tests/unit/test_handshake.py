@@ -44,6 +44,7 @@ INFO = TeacherInfo(
     max_sequences_per_request=8,
     max_tokens_per_request=2000,
     max_support_size=100,
+    head_sha256="aa",
 )
 
 # ---------------------------------------------------------------- tokenizers
@@ -243,12 +244,18 @@ def test_the_same_teacher_passes_even_with_other_limits():
         ({"model_revision": "2"}, "model revision '1' -> '2'"),
         ({"fingerprint": "g"}, "tokenizer fingerprint 'f' -> 'g'"),
         ({"vocab_size": 256}, "vocabulary size 128 -> 256"),
+        ({"head_sha256": "bb"}, "output head 'aa' -> 'bb'"),
+        ({"head_sha256": ""}, "output head 'aa' -> ''"),
         ({"supports": frozenset({"sampled", "candidates"})}, "no longer offers teacher_top_k"),
     ],
 )
 def test_another_teacher_is_refused_and_the_change_named(change, complaint):
     with pytest.raises(HandshakeError, match=complaint):
         check_same_teacher(INFO, replace(INFO, **change), where="grpc://other:1")
+
+
+def test_a_teacher_that_gives_more_away_than_before_is_still_the_same():
+    check_same_teacher(replace(INFO, head_sha256=""), INFO, where="x")
 
 
 def test_a_deterministic_teacher_must_stay_so():

@@ -87,6 +87,10 @@ class RemoteTeacher:
         return self._client.bytes_received
 
     @property
+    def head_bytes_received(self) -> int:
+        return self._client.head_bytes_received
+
+    @property
     def waiting_reason(self) -> str:
         return self._client.waiting_reason
 
@@ -108,6 +112,10 @@ class RemoteTeacher:
     def tokenizer(self) -> tuple[list[bytes], str]:
         """The id -> token table and the tokenizer's JSON."""
         return self._loop.run(self._client.tokenizer())
+
+    def head_file(self, cache_dir: Path | None = None) -> Path:
+        """The safetensors file of the output head, from the cache or fetched into it. As `TeacherClient.head_file`."""
+        return self._loop.run(self._client.head_file(cache_dir))
 
     def close(self) -> None:
         """Fails what is unanswered with TeacherUnavailableError and ends the thread."""

@@ -18,6 +18,8 @@ from vopd_client.teacher.channel import Address, check_key_may_travel, parse_url
 from vopd_client.teacher.codec import FLOAT_TYPES, FloatTypeName, decode_scores
 from vopd_client.teacher.connector import Connection, Connector
 from vopd_client.teacher.grpc_transport import GrpcTransport
+from vopd_client.teacher.head_cache import HeadCache
+from vopd_client.teacher.head_download import HeadDownload, require_head
 from vopd_client.teacher.http_transport import HttpTransport
 from vopd_client.teacher.patience import Patience, Timing
 from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
@@ -100,6 +102,11 @@ class TeacherClient:
         return self._traffic.bytes_received
 
     @property
+    def head_bytes_received(self) -> int:
+        """Bytes of the output head, broken downloads included."""
+        return self._traffic.head_bytes_received
+
+    @property
     def waiting_reason(self) -> str:
         """Why answers are late, for people to read; empty while all is well."""
         return next((reason for patience in tuple(self._waiting) if (reason := patience.waiting_reason)), "")
@@ -143,6 +150,22 @@ class TeacherClient:
             )
         return tokens, response.tokenizer_json
 
+    async def head_file(self, cache_dir: Path | None = None) -> Path:
+        """The safetensors file of the teacher's output head, laid out as teacher.proto says; fetched once a machine.
+
+        cache_dir: where it is kept; None: `head_cache.default_cache_dir()`.
+
+        Raises: TeacherUnsupportedError when it is not given away; HandshakeError when it is not what was announced;
+            ConfigError when it cannot be kept; TeacherPermissionError, TeacherUnavailableError, TeacherInternalError.
+        """
+        sha256 = require_head(self.info)
+        cache = HeadCache(cache_dir)
+        if (found := await asyncio.to_thread(cache.find, sha256)) is not None:
+            return found
+        with self._patience() as patience:
+            download = HeadDownload(cache, sha256, patience=patience, traffic=self._traffic)
+            return await self._try_until_answered(download.attempt, patience)
+
     async def score(self, sequences: Sequence[SequenceToScore], *, temperature: float = 1.0) -> list[SequenceScores]:
         """Scores a list, in its order; split into requests by the teacher's limits. All or nothing.
 
@@ -153,6 +176,7 @@ class TeacherClient:
             self.info.max_sequences_per_request,
             self.info.max_tokens_per_request,
             self._connector.max_message_bytes,
+            self.info.hidden_size,
         )
         plan = plan_requests(sequences, limits)
         requests = [
@@ -234,7 +258,7 @@ class TeacherClient:
         if ids != [sequence.sequence_id for sequence in request.sequences]:
             raise AlignmentError(f"asked for {len(request.sequences)} sequences, answered with ids {ids[:10]}")
         return [
-            decode_scores(sequence, [scores], vocab_size=self.info.vocab_size)
+            decode_scores(sequence, [scores], vocab_size=self.info.vocab_size, hidden_size=self.info.hidden_size)
             for sequence, scores in zip(sequences, response.scores, strict=True)
         ]
 

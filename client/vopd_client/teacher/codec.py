@@ -8,9 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from vopd_client.errors import AlignmentError, NonFiniteError, TeacherRequestError
+from vopd_client.errors import AlignmentError, TeacherRequestError
+from vopd_client.teacher.score_checks import checked_scores
 from vopd_client.types import (
     Candidates,
+    HiddenStates,
     NoSupport,
     SequenceScores,
     SequenceToScore,
@@ -61,6 +63,7 @@ def teacher_info(response: pb.GetInfoResponse) -> TeacherInfo:
         max_sequences_per_request=limits.max_sequences_per_request,
         max_tokens_per_request=limits.max_tokens_per_request,
         max_support_size=limits.max_support_size,
+        head_sha256=response.head_sha256,
     )
 
 
@@ -97,6 +100,8 @@ def sequence_message(sequence: SequenceToScore, *, sequence_id: str, context_ind
             message.num_candidates = len(ids)
             message.candidates.ids.CopyFrom(pack_ids("candidates.ids", ids))
             message.candidates.counts.CopyFrom(pack_ids("candidates.counts", counts_T))
+        case HiddenStates():
+            message.hidden_states.SetInParent()
         case NoSupport():
             pass
     return message
@@ -109,11 +114,13 @@ def _check_ragged(ids: IntArray, counts_T: IntArray, *, num_rows: int) -> None:
         raise AlignmentError(f"candidate counts add up to {int(counts_T.sum())}, but there are {len(ids)} ids")
 
 
-def decode_scores(sequence: SequenceToScore, chunks: Sequence[pb.SequenceScores], *, vocab_size: int) -> SequenceScores:
+def decode_scores(
+    sequence: SequenceToScore, chunks: Sequence[pb.SequenceScores], *, vocab_size: int, hidden_size: int
+) -> SequenceScores:
     """The answer to `sequence`, from its row chunks in row order.
 
     Raises: AlignmentError for shapes or ids that do not fit the request, NonFiniteError for NaN and +inf
-        anywhere and for a sampled token with log-probability -inf.
+        anywhere, for a hidden state of -inf and for a sampled token with log-probability -inf.
     """
     for chunk in chunks:
         _check_chunk(sequence, chunk)
@@ -128,7 +135,9 @@ def decode_scores(sequence: SequenceToScore, chunks: Sequence[pb.SequenceScores]
         sampled_logprobs_T=sampled,
         support_logprobs=support_logprobs,
         top_k_ids=support_ids,
+        hidden_states_TH=_joined_hidden_states(chunks, hidden_size=hidden_size),
         vocab_size=vocab_size,
+        hidden_size=hidden_size,
         queue_time_s=max((chunk.queue_time_s for chunk in chunks), default=0.0),
         engine_time_s=max((chunk.engine_time_s for chunk in chunks), default=0.0),
     )
@@ -142,82 +151,26 @@ def _check_chunk(sequence: SequenceToScore, chunk: pb.SequenceScores) -> None:
         raise AlignmentError(f"asked for the teacher's top {sequence.support.k}, answered with its top {chunk.k}")
 
 
+def _joined_hidden_states(chunks: Sequence[pb.SequenceScores], *, hidden_size: int) -> Float32Array | None:
+    """[rows of all chunks, H], or None where no chunk holds any. Widened chunk by chunk: they are large."""
+    if not any(chunk.hidden_states.data for chunk in chunks):
+        return None
+    joined_TH = np.empty((sum(chunk.num_rows for chunk in chunks), hidden_size), np.float32)
+    first_row = 0
+    for chunk in chunks:
+        hidden = _joined_floats([chunk.hidden_states])
+        if len(hidden) != chunk.num_rows * hidden_size:
+            raise AlignmentError(
+                f"an answer of {chunk.num_rows} rows holds {len(hidden)} numbers of hidden states, "
+                f"not {chunk.num_rows} x {hidden_size}"
+            )
+        joined_TH[first_row : first_row + chunk.num_rows] = hidden.reshape(chunk.num_rows, hidden_size)
+        first_row += chunk.num_rows
+    return joined_TH
+
+
 def _joined_floats(arrays: Sequence[pb.FloatArray]) -> Float32Array:
     try:
         return np.concatenate([np.empty(0, np.float32), *(unpack_floats(array) for array in arrays)])
     except ArrayError as error:
         raise AlignmentError(f"scores: {error}") from error
-
-
-def checked_scores(
-    sequence: SequenceToScore,
-    *,
-    sampled_logprobs_T: Float32Array,
-    support_logprobs: Float32Array,
-    top_k_ids: IntArray,
-    vocab_size: int,
-    queue_time_s: float = 0.0,
-    engine_time_s: float = 0.0,
-) -> SequenceScores:
-    """Scores that line up with their request and can be computed with, wherever they come from.
-
-    support_logprobs: flat; [T * k] for the teacher's top-k, [sum of counts_T] for candidates, else empty.
-    top_k_ids: flat [T * k] for the teacher's top-k, else empty.
-
-    Raises: as `decode_scores`.
-    """
-    num_rows = len(sequence.completion_ids)
-    if len(sampled_logprobs_T) != num_rows:
-        raise AlignmentError(f"{len(sampled_logprobs_T)} rows of scores for a completion of {num_rows} tokens")
-    match sequence.support:
-        case TeacherTopK(k=k):
-            support_ids, counts_T = top_k_ids, np.full(num_rows, k, np.int64)
-            _check_ids(support_ids, vocab_size)
-        case Candidates(ids=ids, counts_T=counts):
-            support_ids, counts_T = ids, counts
-        case NoSupport():
-            support_ids, counts_T = np.empty(0, np.int64), np.zeros(num_rows, np.int64)
-    num_asked = int(counts_T.sum())
-    if not len(support_logprobs) == len(support_ids) == num_asked:
-        raise AlignmentError(
-            f"asked for a support of {num_asked} ids over {num_rows} rows, answered with "
-            f"{len(support_ids)} ids and {len(support_logprobs)} log-probabilities"
-        )
-    _check_sampled(sampled_logprobs_T, sequence.completion_ids)
-    _check_support(support_logprobs, support_ids, counts_T)
-    return SequenceScores(
-        sampled_logprobs_T=sampled_logprobs_T,
-        support_ids=support_ids,
-        support_logprobs=support_logprobs,
-        counts_T=counts_T,
-        queue_time_s=queue_time_s,
-        engine_time_s=engine_time_s,
-    )
-
-
-def _check_ids(support_ids: IntArray, vocab_size: int) -> None:
-    if len(support_ids) and int(support_ids.max()) >= vocab_size:
-        raise AlignmentError(f"the teacher's top-k names id {int(support_ids.max())} of {vocab_size} that it has")
-
-
-def _check_sampled(sampled_logprobs_T: Float32Array, completion_ids: IntArray) -> None:
-    """-inf would be a reward of minus infinity: the teacher cannot have been asked about this id in earnest."""
-    bad = np.flatnonzero(~np.isfinite(sampled_logprobs_T))
-    if len(bad):
-        row = int(bad[0])
-        raise NonFiniteError(
-            f"teacher log-probability {sampled_logprobs_T[row]} of token {int(completion_ids[row])} "
-            f"at position {row} of the completion ({len(bad)} such rows of {len(sampled_logprobs_T)})"
-        )
-
-
-def _check_support(support_logprobs: Float32Array, support_ids: IntArray, counts_T: IntArray) -> None:
-    """-inf is a fact here (an id that the teacher masks); NaN and +inf are not."""
-    bad = np.flatnonzero(np.isnan(support_logprobs) | np.isposinf(support_logprobs))
-    if len(bad):
-        at = int(bad[0])
-        row = int(np.searchsorted(np.cumsum(counts_T), at, side="right"))
-        raise NonFiniteError(
-            f"teacher log-probability {support_logprobs[at]} of support id {int(support_ids[at])} "
-            f"at position {row} of the completion ({len(bad)} such values)"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 import grpc
@@ -63,6 +63,14 @@ class GrpcTransport:
         response: pb.ScoreResponse = await self._answer(self._stub.Score(request, metadata=self._metadata))
         self._traffic.bytes_received += response.ByteSize()
         return response
+
+    async def get_head(self) -> AsyncGenerator[pb.GetHeadResponse, None]:
+        call = self._stub.GetHead(pb.GetHeadRequest(), metadata=self._metadata)
+        try:
+            while (piece := await self._answer(call.read())) is not grpc.aio.EOF:
+                yield piece
+        finally:
+            call.cancel()  # harmless when it is over
 
     def open_stream(self) -> GrpcStreamCall:
         return GrpcStreamCall(self._stub.ScoreStream(metadata=self._metadata), self._traffic)

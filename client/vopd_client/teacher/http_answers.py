@@ -20,6 +20,7 @@ from vopd_client.teacher.status import Failure
 from vopd_client.teacher.transport import CallFailed
 
 PROTOBUF = "application/x-protobuf"
+OCTETS = "application/octet-stream"
 
 CODE_OF_STATUS: dict[int, grpc.StatusCode] = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -59,6 +60,10 @@ class HttpAnswer:
     @property
     def is_protobuf(self) -> bool:
         return self.status == HTTPStatus.OK and _media_type(self.content_type) == PROTOBUF
+
+    @property
+    def is_octets(self) -> bool:
+        return self.status == HTTPStatus.OK and _media_type(self.content_type) == OCTETS
 
     @property
     def may_be_a_teachers(self) -> bool:

@@ -6,14 +6,17 @@ import asyncio
 import socket
 import ssl
 import urllib.request
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from importlib.metadata import version
+from typing import Any, TypeVar
 
 import grpc
 import httpx2
 
 from vopd_client.errors import ConfigError, HandshakeError
 from vopd_client.teacher.channel import Address, tls_context
-from vopd_client.teacher.http_answers import PROTOBUF, HttpAnswer
+from vopd_client.teacher.http_answers import OCTETS, PROTOBUF, HttpAnswer
 from vopd_client.teacher.http_failures import failure_of_connection
 from vopd_client.teacher.http_stream import HttpStreamCall
 from vopd_client.teacher.status import Failure
@@ -27,6 +30,8 @@ IDLE_CONNECTION_S = 60.0
 # A machine that vanished sends no reset. Both limits, since probes are not sent while data is on its way.
 KEEPALIVE_AFTER_S, KEEPALIVE_INTERVAL_S, NUM_KEEPALIVES = 20, 10, 3
 UNACKNOWLEDGED_S = KEEPALIVE_AFTER_S + KEEPALIVE_INTERVAL_S * NUM_KEEPALIVES
+
+Result = TypeVar("Result")
 
 
 class HttpTransport:
@@ -45,7 +50,7 @@ class HttpTransport:
         self._address = address
         self._traffic = traffic
         self._model_revision = ""
-        self._calls: set[asyncio.Task[HttpAnswer]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._closed = False
         try:
             self._client = httpx2.AsyncClient(
@@ -95,6 +100,11 @@ class HttpTransport:
         self._traffic.bytes_received += len(answer.body)
         return answer.message(pb.ScoreResponse)
 
+    async def get_head(self) -> AsyncGenerator[pb.GetHeadResponse, None]:
+        async with aclosing(self._head_pieces()) as pieces:
+            while (piece := await self._until_closed(_next_or_none(pieces))) is not None:
+                yield piece
+
     def open_stream(self) -> HttpStreamCall:
         return HttpStreamCall(self.score, self._model_revision)
 
@@ -106,10 +116,14 @@ class HttpTransport:
         await self._client.aclose()
 
     async def _call(self, method: str, path: str, body: bytes | None = None) -> HttpAnswer:
-        """One exchange, in a task of its own so that `close` can end it."""
+        return await self._until_closed(self._exchange(method, path, body))
+
+    async def _until_closed(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What `work` gives, in a task of its own so that `close` can end it."""
         if self._closed:
+            work.close()
             raise CallFailed(Failure(grpc.StatusCode.CANCELLED, "the connection was closed"))
-        task = asyncio.create_task(self._exchange(method, path, body))
+        task = asyncio.create_task(work)
         self._calls.add(task)
         try:
             return await task
@@ -125,15 +139,41 @@ class HttpTransport:
         headers = {} if body is None else {"Content-Type": PROTOBUF}
         try:
             async with self._client.stream(method, path, content=body, headers=headers) as response:
-                return HttpAnswer(
-                    response.status_code,
-                    await _read_body(response),
-                    content_type=response.headers.get("Content-Type", ""),
-                    retry_after=response.headers.get("Retry-After", ""),
-                    location=response.headers.get("Location", ""),
-                )
+                return await _whole_answer(response)
         except (httpx2.RequestError, OSError) as error:
             raise CallFailed(failure_of_connection(error, self._address)) from error
+
+    async def _head_pieces(self) -> AsyncGenerator[pb.GetHeadResponse, None]:
+        """Raises: CallFailed when it does not come, or not to its end."""
+        try:
+            async with self._client.stream("GET", "/v1/head", headers={"Accept": OCTETS}) as response:
+                if not _answer_so_far(response).is_octets:
+                    raise CallFailed((await _whole_answer(response)).failure())
+                num_bytes = int(response.headers.get("Content-Length", 0))
+                async for data in response.aiter_bytes():
+                    yield pb.GetHeadResponse(data=data, num_bytes=num_bytes)
+                    num_bytes = 0
+        except (httpx2.RequestError, OSError) as error:
+            raise CallFailed(failure_of_connection(error, self._address)) from error
+
+
+async def _next_or_none(pieces: AsyncGenerator[pb.GetHeadResponse, None]) -> pb.GetHeadResponse | None:
+    return await anext(pieces, None)
+
+
+def _answer_so_far(response: httpx2.Response, body: bytes = b"") -> HttpAnswer:
+    """An answer as far as it has been read."""
+    return HttpAnswer(
+        response.status_code,
+        body,
+        content_type=response.headers.get("Content-Type", ""),
+        retry_after=response.headers.get("Retry-After", ""),
+        location=response.headers.get("Location", ""),
+    )
+
+
+async def _whole_answer(response: httpx2.Response) -> HttpAnswer:
+    return _answer_so_far(response, await _read_body(response))
 
 
 async def _read_body(response: httpx2.Response) -> bytes:

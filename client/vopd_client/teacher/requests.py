@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vopd_client.errors import TeacherRequestError
 from vopd_client.teacher.codec import pack_ids, sequence_message
-from vopd_client.types import Candidates, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, HiddenStates, SequenceToScore, TeacherTopK
 from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
 
@@ -19,6 +19,7 @@ class RequestLimits:
     max_sequences: int
     max_tokens: int  # context + completion, over all sequences
     max_message_bytes: int
+    hidden_size: int  # of the teacher's hidden states, which are as large as answers get
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class _Size:
         )
 
 
-def _size_of(sequence: SequenceToScore) -> _Size:
+def _size_of(sequence: SequenceToScore, *, hidden_size: int) -> _Size:
     num_rows = len(sequence.completion_ids)
     num_tokens = len(sequence.context_ids) + num_rows
     request_bytes, answer_bytes = 4 * num_tokens, 4 * num_rows
@@ -56,6 +57,8 @@ def _size_of(sequence: SequenceToScore) -> _Size:
         case Candidates(ids=ids):
             request_bytes += 4 * (num_rows + len(ids))
             answer_bytes += 4 * len(ids)
+        case HiddenStates():
+            answer_bytes += 4 * num_rows * hidden_size
     return _Size(1, num_tokens, request_bytes + SEQUENCE_OVERHEAD_BYTES, answer_bytes + SEQUENCE_OVERHEAD_BYTES)
 
 
@@ -74,7 +77,7 @@ def plan_requests(sequences: Sequence[SequenceToScore], limits: RequestLimits) -
     plan: list[list[int]] = []
     filled = _Size()
     for index in by_context:
-        size = _size_of(sequences[index])
+        size = _size_of(sequences[index], hidden_size=limits.hidden_size)
         if plan and filled.plus(size).fits(limits):
             plan[-1].append(index)
             filled = filled.plus(size)

@@ -192,7 +192,12 @@ class ScoreStream:
         if future is None or future.done():
             return  # abandoned
         try:
-            scores = decode_scores(entry.sequence, entry.chunks, vocab_size=connection.info.vocab_size)
+            scores = decode_scores(
+                entry.sequence,
+                entry.chunks,
+                vocab_size=connection.info.vocab_size,
+                hidden_size=connection.info.hidden_size,
+            )
         except VopdError as error:
             future.set_exception(error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,10 +20,14 @@ class CallFailed(Exception):  # noqa: N818  (what happened to a call, not an err
 
 @dataclass
 class Traffic:
-    """Bytes of score requests and their answers, resent ones included: gRPC's messages, HTTP's bodies."""
+    """Bytes of score requests and their answers, resent ones included: gRPC's messages, HTTP's bodies.
+
+    head_bytes_received: of the output head, broken downloads included; not in bytes_received.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
+    head_bytes_received: int = 0
 
 
 class StreamCall(Protocol):
@@ -54,6 +59,13 @@ class Transport(Protocol):
 
     async def score(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
         """Raises: CallFailed."""
+        ...
+
+    def get_head(self) -> AsyncGenerator[pb.GetHeadResponse, None]:
+        """The pieces of the output head's file, in order; the first one's num_bytes is 0 where nothing tells the size.
+
+        Close it when it is not read to its end. Raises, while it is read: CallFailed.
+        """
         ...
 
     def open_stream(self) -> StreamCall:
