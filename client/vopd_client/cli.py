@@ -63,7 +63,9 @@ COMMANDS = {
     "info": Command(InfoConfig, _info, "What the teacher is and what it can do."),
     "score": Command(ScoreConfig, _score, "What the teacher thinks of a completion, token by token."),
     "train": Command(TrainConfig, _train, "Trains a student on its own completions, scored by the teacher."),
-    "eval": Command(EvalConfig, _eval, "Exact match of a model's greedy completions, per kind of prompt."),
+    "eval": Command(
+        EvalConfig, _eval, "A model's greedy completions, or several samples of each prompt, against the answers."
+    ),
     "report": Command(ReportConfig, _report, "Draws curves.png and report.html from a run's own metrics."),
 }
 

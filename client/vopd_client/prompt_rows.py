@@ -24,6 +24,56 @@ _MESSAGE_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "
 
 
 @dataclass(frozen=True)
+class RowFormat:
+    """How rows are read that were not written for this project: which columns count, and what every prompt ends with.
+
+    With a named column the rows are somebody else's: prompt and answer are read, whatever else there is, is left out.
+    `prompt_suffix` is appended to plain-text prompts as it is, and not to a `teacher_prompt` of the row's own.
+    """
+
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    prompt_suffix: str = ""
+
+    @property
+    def names_columns(self) -> bool:
+        return self.prompt_column is not None or self.answer_column is not None
+
+    def check_columns(self, columns: Iterable[object], source: str) -> None:
+        """Raises: DataError that names a column that is not there, and those that are."""
+        there = [str(column) for column in columns]
+        for setting, column in (("prompt_column", self.prompt_column), ("answer_column", self.answer_column)):
+            if column is not None and column not in there:
+                raise DataError(f"{source}: no column {column!r} ({setting}); there are {', '.join(there) or 'none'}")
+
+    def read(self, value: object, source: str) -> object:
+        """The row in this project's keys, its prompt complete; what is no object is left to `parse_row`.
+
+        Raises: DataError that starts with `source`.
+        """
+        if not isinstance(value, Mapping):
+            return value
+        row = dict(value)
+        if self.names_columns:
+            self.check_columns(row, source)
+            answer = row.get(self.answer_column or "answer")
+            row = {"prompt": row.get(self.prompt_column or "prompt"), "answer": number_as_text(answer)}
+        if self.prompt_suffix:
+            if row.get("messages") is not None:
+                raise DataError(f"{source}: prompt_suffix goes after plain text, and this row has messages")
+            if isinstance(row.get("prompt"), str):
+                row["prompt"] += self.prompt_suffix
+        return row
+
+
+def number_as_text(value: object) -> object:
+    """42 and 42.0 as "42", as data sets of integer answers hold them; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """A row as it was written: exactly one of `prompt` and `messages`, at most one of the teacher's two.
 

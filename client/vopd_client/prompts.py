@@ -2,7 +2,8 @@
 
 A row holds `prompt` (text) or `messages` (chat), which the student sees; optionally `teacher_prompt` or
 `teacher_messages`, which the teacher sees before the same completion (default: what the student sees);
-optionally an `answer` with a `verifier`, and a `kind` that evaluations are broken down by.
+optionally an `answer` with a `verifier`, and a `kind` that evaluations are broken down by. Rows with other names
+for prompt and answer are read through a `RowFormat`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ from typing import Any
 
 from vopd_client.config import Verifier
 from vopd_client.errors import DataError
-from vopd_client.prompt_rows import ROW_KEYS, PromptRow, map_rows, parse_row
+from vopd_client.prompt_rows import ROW_KEYS, PromptRow, RowFormat, map_rows, parse_row
 from vopd_client.render import Prompt, render_prompts
 
-__all__ = ["Prompt", "PromptRow", "load_prompts", "render_prompts"]
+__all__ = ["Prompt", "PromptRow", "RowFormat", "load_prompts", "render_prompts"]
+
+OUR_FORMAT = RowFormat()
 
 logger = logging.getLogger(__name__)
 
 
-def load_prompts(spec: str, *, default_verifier: Verifier = "exact") -> list[PromptRow]:
-    """All rows of `spec`: a .jsonl or .parquet file, or a data set (name or name:split; hub id or directory).
+def load_prompts(
+    spec: str, *, default_verifier: Verifier = "exact", row_format: RowFormat = OUR_FORMAT
+) -> list[PromptRow]:
+    """All rows of `spec`: a .jsonl or .parquet file, or a data set (hub id or directory).
+
+    A data set is `name`, `name:split` or `name:configuration:split`.
 
     Lines of a .jsonl file and rows of the others count from 1 in `source`; blank lines are skipped. Columns of a
     hub data set that are not ours are left out, since nobody can rename them there; in a file they are errors.
@@ -36,15 +43,16 @@ def load_prompts(spec: str, *, default_verifier: Verifier = "exact") -> list[Pro
         index, (source, value) = numbered
         if isinstance(value, bytes):
             value = _decode_json(value, source)
+        value = row_format.read(value, source)
         return parse_row(value, index=index, source=source, default_verifier=default_verifier)
 
-    rows = map_rows(parse, enumerate(_read(spec)))
+    rows = map_rows(parse, enumerate(_read(spec, row_format)))
     if not rows:
         raise DataError(f"{spec}: holds no rows")
     return rows
 
 
-def _read(spec: str) -> Iterator[tuple[str, object]]:
+def _read(spec: str, row_format: RowFormat) -> Iterator[tuple[str, object]]:
     """(source, value) of every row; the values of a .jsonl file are its lines, not decoded yet."""
     path = Path(spec)
     match path.suffix.lower():
@@ -55,7 +63,7 @@ def _read(spec: str) -> Iterator[tuple[str, object]]:
         case ".json" | ".csv" | ".tsv" | ".txt" | ".yaml":
             raise DataError(f"{spec}: prompts are read from .jsonl (one JSON object a line) or .parquet")
         case _:
-            return _read_data_set(spec)
+            return _read_data_set(spec, row_format)
 
 
 def _existing(path: Path) -> Path:
@@ -95,22 +103,40 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _read_data_set(spec: str) -> Iterator[tuple[str, object]]:
-    name, _, split = spec.partition(":")
-    data_set = _load_data_set(name, split)
-    left_out = [column for column in data_set.column_names if column not in ROW_KEYS]
-    if "prompt" not in data_set.column_names and "messages" not in data_set.column_names:
+def _read_data_set(spec: str, row_format: RowFormat) -> Iterator[tuple[str, object]]:
+    data_set = _load_data_set(*_parts_of(spec))
+    columns: list[str] = data_set.column_names
+    row_format.check_columns(columns, spec)
+    if row_format.names_columns:
+        wanted = [row_format.prompt_column or "prompt", row_format.answer_column or "answer"]
+    else:
+        wanted = list(ROW_KEYS)
+    if not {row_format.prompt_column or "prompt", "messages"} & set(columns) & set(wanted):
         raise DataError(
-            f"{spec}: a data set of prompts has a column prompt or messages; "
-            f"this one has {', '.join(data_set.column_names)}"
+            f"{spec}: a data set of prompts has a column prompt or messages; this one has {', '.join(columns)}. "
+            "prompt_column names another one"
         )
+    left_out = [column for column in columns if column not in wanted]
     if left_out:
         logger.info("%s: columns left out: %s", spec, ", ".join(left_out))
     for number, value in enumerate(data_set.remove_columns(left_out), start=1):
         yield f"{spec}:{number}", value
 
 
-def _load_data_set(name: str, split: str) -> Any:
+def _parts_of(spec: str) -> tuple[str, str | None, str]:
+    """(name, configuration, split) of name, name:split or name:configuration:split."""
+    match spec.split(":"):
+        case [name]:
+            return name, None, ""
+        case [name, split]:
+            return name, None, split
+        case [name, configuration, split]:
+            return name, configuration or None, split
+        case _:
+            raise DataError(f"{spec}: a data set is name, name:split or name:configuration:split")
+
+
+def _load_data_set(name: str, configuration: str | None, split: str) -> Any:
     """A `datasets.Dataset`: of the hub, of a directory of data files, or of one that `save_to_disk` wrote."""
     import datasets
 
@@ -118,12 +144,14 @@ def _load_data_set(name: str, split: str) -> Any:
     is_saved = (directory / "dataset_dict.json").exists() or (directory / "state.json").exists()
     try:
         if is_saved:
+            if configuration is not None:
+                raise DataError(f"{name}: no configuration {configuration!r}: a saved data set has none")
             loaded = datasets.load_from_disk(name)
             if isinstance(loaded, datasets.Dataset):
                 return loaded
             return loaded[_choose_split(name, split, list(loaded))]
-        splits = datasets.get_dataset_split_names(name)
-        return datasets.load_dataset(name, split=_choose_split(name, split, splits))
+        splits = datasets.get_dataset_split_names(name, configuration)
+        return datasets.load_dataset(name, configuration, split=_choose_split(name, split, splits))
     except DataError:
         raise
     except (OSError, ValueError) as error:  # not found, unreachable, needs a configuration, damaged

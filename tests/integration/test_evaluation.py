@@ -52,7 +52,7 @@ class ModelTeacher:
             pad_id=None, chat_template="", vocab_size=259, hidden_size=32, max_context_length=4096, dtype="float32",
             engine="test", engine_version="0", server_version="0",
             supports=frozenset({"sampled", "teacher_top_k", "candidates"}), any_temperature=True, deterministic=True,
-            max_sequences_per_request=8, max_tokens_per_request=4096, max_support_size=100,
+            max_sequences_per_request=8, max_tokens_per_request=4096, max_support_size=100, head_sha256="",
         )  # fmt: skip
 
     bytes_sent = bytes_received = 0

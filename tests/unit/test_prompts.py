@@ -16,7 +16,7 @@ import pytest
 
 from tiny_model import tiny_tokenizer
 from vopd_client.errors import DataError
-from vopd_client.prompts import Prompt, PromptRow, load_prompts, render_prompts
+from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts, render_prompts
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -108,6 +108,86 @@ def test_a_name_that_is_nothing_says_what_was_tried(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "bad.parquet"))
     with pytest.raises(DataError, match=r"empty\.jsonl: holds no rows"):
         load_prompts(write_rows(tmp_path / "empty.jsonl", ""))
+
+
+def test_a_configuration_of_a_data_set_is_named_between_name_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "files"
+    directory.mkdir()
+    for name in ("en", "cn"):
+        datasets.Dataset.from_list([{"prompt": f"in {name}"}]).to_parquet(directory / f"{name}.parquet")
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en.parquet\n- config_name: cn\n  data_files: cn.parquet\n---\n"
+    )
+    (row,) = load_prompts(f"{directory}:en:train")
+    assert (row.prompt, row.source) == ("in en", f"{directory}:en:train:1")
+    with pytest.raises(DataError, match=r"files: no such file, and not a data set .*(?i:config).*en"):
+        load_prompts(f"{directory}:train")
+    with pytest.raises(DataError, match="a data set is name, name:split or name:configuration:split"):
+        load_prompts(f"{directory}:en:train:7")
+    datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no configuration 'en': a saved data set has none"):
+        load_prompts(f"{tmp_path}/saved:en:train")
+
+
+# ---------------------------------------------------------------- rows of others
+
+THEIRS = RowFormat(prompt_column="problem", answer_column="solution", prompt_suffix="\n\nThink.")
+
+
+def test_named_columns_are_read_and_all_others_left_out(tmp_path: Path) -> None:
+    values = [{"problem": "1+1?", "solution": "2", "answer": ["not text"], "kind": 7, "id": 1}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "data.parquet")
+    import datasets
+
+    datasets.Dataset.from_list(values).save_to_disk(tmp_path / "saved")
+    for spec in (write_rows(tmp_path / "data.jsonl", *values), f"{tmp_path}/data.parquet", f"{tmp_path}/saved"):
+        (row,) = load_prompts(spec, default_verifier="math", row_format=THEIRS)
+        assert contents(row) == ("1+1?\n\nThink.", None, "2", "math", None)
+
+
+def test_a_column_that_is_not_named_has_our_name_and_an_answer_may_be_missing(tmp_path: Path) -> None:
+    spec = write_rows(tmp_path / "data.jsonl", {"problem": "a", "answer": "1", "x": 0}, {"problem": "b"})
+    rows = load_prompts(spec, row_format=RowFormat(prompt_column="problem"))
+    assert [(row.prompt, row.answer) for row in rows] == [("a", "1"), ("b", None)]
+    spec = write_rows(tmp_path / "data.jsonl", {"prompt": "a", "solution": "1", "x": 0})
+    (row,) = load_prompts(spec, row_format=RowFormat(answer_column="solution"))
+    assert (row.prompt, row.answer) == ("a", "1")
+
+
+@pytest.mark.parametrize(("answer", "text"), [(70, "70"), (27.0, "27"), (0.5, "0.5"), ("70", "70"), (-3, "-3")])
+def test_a_named_column_may_hold_numbers_as_answers(tmp_path: Path, answer: object, text: str) -> None:
+    spec = write_rows(tmp_path / "data.jsonl", {"problem": "a", "solution": answer})
+    assert load_prompts(spec, row_format=THEIRS)[0].answer == text
+
+
+def test_a_named_column_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    import datasets
+
+    value = {"question": "q", "solution": "1"}
+    problem = r"no column 'problem' \(prompt_column\); there are question, solution"
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {problem}"):
+        load_prompts(write_rows(tmp_path / "data.jsonl", value), row_format=THEIRS)
+    datasets.Dataset.from_list([value]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=rf"saved: {problem}"):
+        load_prompts(f"{tmp_path}/saved", row_format=THEIRS)
+    with pytest.raises(DataError, match=r"no column 'solution' \(answer_column\); there are problem"):
+        load_prompts(write_rows(tmp_path / "data.jsonl", {"problem": "a"}), row_format=THEIRS)
+    with pytest.raises(DataError, match=r"this one has question, solution\. prompt_column names another one"):
+        load_prompts(f"{tmp_path}/saved", row_format=RowFormat(answer_column="solution"))
+
+
+def test_a_suffix_ends_every_plain_prompt_on_both_sides_but_not_a_teacher_s_own(tmp_path: Path) -> None:
+    spec = write_rows(tmp_path / "data.jsonl", {"prompt": "a"}, {"prompt": "b", "teacher_prompt": "c"})
+    rows = load_prompts(spec, row_format=RowFormat(prompt_suffix=" End."))
+    assert [(row.prompt, row.teacher_prompt) for row in rows] == [("a End.", None), ("b End.", "c")]
+    spec = write_rows(tmp_path / "data.jsonl", {"messages": [USER]})
+    with pytest.raises(DataError, match=r"data\.jsonl:1: prompt_suffix goes after plain text"):
+        load_prompts(spec, row_format=RowFormat(prompt_suffix=" End."))
 
 
 # ---------------------------------------------------------------- malformed rows
