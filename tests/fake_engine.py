@@ -3,14 +3,23 @@
 The teacher's logit of id v at row t is 3 sin(0.37 s + 0.11 t + 1.7 v) with s = (sum of the context + sum of the
 completion before t) mod 97, normalised over the vocabulary: it depends on the context, the position, the tokens
 before it and the id, so a row, a sequence or an id out of place shows.
+
+As the sine of a sum it is a product: of hidden states [sin, cos] of the row and an output head [cos, sin] of the id.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from vopd_proto.arrays import Float32Array, IntArray
 from vopd_proto.fingerprint import tokenizer_fingerprint
@@ -18,6 +27,8 @@ from vopd_server.errors import EngineDeadError, UnavailableError
 from vopd_server.types import (
     Candidates,
     EngineInfo,
+    HeadFile,
+    HiddenStates,
     ScoreRequest,
     Scores,
     SupportKind,
@@ -26,6 +37,8 @@ from vopd_server.types import (
 )
 
 FAKE_VOCAB_SIZE = 300
+FAKE_HIDDEN_SIZE = 8  # of which the formula needs two
+FAKE_LOGIT_SCALE = 0.25  # the head's, so that one who forgets it is found out
 ROWS_PER_CHUNK = 2048
 QUEUE_TIME_S, ENGINE_TIME_S = 0.25, 0.5
 
@@ -39,13 +52,40 @@ def fake_logprobs_TV(
     rows: slice = slice(None),
 ) -> Float32Array:
     """[T, V] log q(v | context, completion before t) in nats, of some rows."""
-    position_T = np.arange(len(completion_ids))[rows]
-    before_T = (np.cumsum(completion_ids) - completion_ids)[rows]
-    state_T = (context_ids.sum() + before_T) % 97
-    logits_TV = 3 * np.sin((0.37 * state_T + 0.11 * position_T)[:, None] + 1.7 * np.arange(vocab_size)) / temperature
+    angle_T = _angle_T(context_ids, completion_ids, rows)
+    logits_TV = 3 * np.sin(angle_T[:, None] + 1.7 * np.arange(vocab_size)) / temperature
     logits_TV -= logits_TV.max(axis=1, keepdims=True)
     logprobs_TV: Float32Array = (logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))).astype(np.float32)
     return logprobs_TV
+
+
+def fake_hidden_TH(context_ids: IntArray, completion_ids: IntArray) -> Float32Array:
+    """[T, H] what `fake_head` makes the same logits of."""
+    angle_T = _angle_T(context_ids, completion_ids)
+    hidden_TH = np.zeros((len(angle_T), FAKE_HIDDEN_SIZE), np.float32)
+    hidden_TH[:, 0], hidden_TH[:, 1] = np.sin(angle_T), np.cos(angle_T)
+    return hidden_TH
+
+
+def fake_head(vocab_size: int, directory: Path) -> HeadFile:
+    """The file of the output head."""
+    angle_V = 1.7 * np.arange(vocab_size)
+    weight_VH = np.zeros((vocab_size, FAKE_HIDDEN_SIZE), np.float32)
+    weight_VH[:, 0], weight_VH[:, 1] = np.cos(angle_V), np.sin(angle_V)
+    path = directory / "head.safetensors"
+    save_file({"weight": weight_VH * np.float32(3 / FAKE_LOGIT_SCALE)}, path, {"logit_scale": repr(FAKE_LOGIT_SCALE)})
+    data = path.read_bytes()
+    return HeadFile(path, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _angle_T(
+    context_ids: IntArray, completion_ids: IntArray, rows: slice = slice(None)
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    position_T = np.arange(len(completion_ids))[rows]
+    before_T = (np.cumsum(completion_ids) - completion_ids)[rows]
+    state_T = (context_ids.sum() + before_T) % 97
+    angle_T: np.ndarray[Any, np.dtype[np.float64]] = 0.37 * state_T + 0.11 * position_T
+    return angle_T
 
 
 def fake_scores(request: ScoreRequest, vocab_size: int = FAKE_VOCAB_SIZE) -> Scores:
@@ -74,10 +114,12 @@ def fake_scores(request: ScoreRequest, vocab_size: int = FAKE_VOCAB_SIZE) -> Sco
                 support.append(logprobs_TV[np.repeat(row_T, counts_T[rows]), chunk_ids])
             case _:
                 pass
+    wants_hidden = isinstance(request.support, HiddenStates)
     return Scores(
         sampled_logprobs_T=np.concatenate(sampled),
         support_logprobs=np.concatenate(support) if support else None,
         support_ids_TK=np.concatenate(support_ids) if support_ids else None,
+        hidden_states_TH=fake_hidden_TH(request.context_ids, request.completion_ids) if wants_hidden else None,
         queue_time_s=QUEUE_TIME_S,
         engine_time_s=ENGINE_TIME_S,
     )
@@ -87,7 +129,7 @@ class FakeEngine:
     """Implements engines.base.Engine; says what was asked of it, and can be held or made to fail.
 
     requests: everything that reached the engine. num_running: calls that are in it now. num_cancelled: calls
-    that were cancelled while they were in it.
+    that were cancelled while they were in it. gives_head: from its start to its close, as a real one.
     """
 
     def __init__(
@@ -97,15 +139,17 @@ class FakeEngine:
         max_context_length: int = 65_536,
         supports: frozenset[SupportKind] = frozenset({"sampled", "teacher_top_k", "candidates"}),
         any_temperature: bool = True,
+        dtype: str = "float32",
+        gives_head: bool = False,
     ) -> None:
         self.info = EngineInfo(
             model_id="fake",
             model_revision="formula-1",
             engine="fake",
             engine_version="1",
-            dtype="float32",
+            dtype=dtype,
             vocab_size=vocab_size,
-            hidden_size=8,
+            hidden_size=FAKE_HIDDEN_SIZE,
             max_context_length=max_context_length,
             supports=supports,
             any_temperature=any_temperature,
@@ -125,6 +169,8 @@ class FakeEngine:
         self.num_running = 0
         self.num_cancelled = 0
         self.is_closed = False
+        self._gives_head = gives_head
+        self._head_directory: TemporaryDirectory[str] | None = None
         self._failure: Callable[[ScoreRequest], Exception | None] = lambda _: None
         self._answer: Callable[[ScoreRequest], Scores] = lambda request: fake_scores(request, vocab_size)
         self._going = asyncio.Event()
@@ -138,6 +184,12 @@ class FakeEngine:
     def let_go(self) -> None:
         self._going.set()
 
+    def lengthen_head(self, num_bytes: int) -> None:
+        """Zeros behind its file, which takes a while to send then and is a head no more."""
+        assert self.info.head is not None, "not started, or gives none away"
+        os.truncate(self.info.head.path, num_bytes)
+        self.info = replace(self.info, head=replace(self.info.head, num_bytes=num_bytes))
+
     def fail(self, failure: Callable[[ScoreRequest], Exception | None]) -> None:
         """From now on raises what `failure` returns, where it returns something."""
         self._failure = failure
@@ -148,6 +200,10 @@ class FakeEngine:
 
     async def start(self) -> None:
         await self._going.wait()
+        if self._gives_head:
+            self._head_directory = TemporaryDirectory(prefix="fake-head-")
+            head = fake_head(self.info.vocab_size, Path(self._head_directory.name))
+            self.info = replace(self.info, head=head, supports=self.info.supports | {"hidden_states"})
 
     async def score(self, request: ScoreRequest) -> Scores:
         if self.is_closed:
@@ -180,6 +236,8 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.is_closed = True
+        if self._head_directory is not None:
+            self._head_directory.cleanup()
 
 
 def _raise(error: Exception) -> Scores:

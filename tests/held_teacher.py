@@ -1,7 +1,8 @@
-"""A teacher process whose engine waits for its tests: `python held_teacher.py [load|child] [FLAGS of ServerConfig]`.
+"""A teacher process whose engine waits for its tests: `python held_teacher.py [load|child|head] [FLAGS]`.
 
 It is the real process around a fake engine that says "in the engine" when a call arrives and answers it after
-SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has.
+SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has;
+with `head` it gives its output head away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def say(line: str) -> None:
 
 class HeldEngine(FakeEngine):
     def __init__(self, mode: str) -> None:
-        super().__init__()
+        super().__init__(gives_head=mode == "head")
         self._mode = mode
 
     async def start(self) -> None:
@@ -36,6 +37,7 @@ class HeldEngine(FakeEngine):
             await asyncio.Event().wait()
         if self._mode == "child":
             multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)).start()
+        await super().start()
         self.hold()
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.let_go)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self.die, "killed by its test")
@@ -58,5 +60,7 @@ async def run(flags: list[str], mode: str) -> int:
 
 
 if __name__ == "__main__":
-    mode, flags = (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["load"], ["child"]) else ("", sys.argv[1:])
+    mode, flags = (
+        (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["load"], ["child"], ["head"]) else ("", sys.argv[1:])
+    )
     sys.exit(asyncio.run(run(flags, mode)))

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -20,9 +21,16 @@ from fake_engine import FakeEngine, fake_logprobs_TV
 from fake_server import fake_teacher
 from teacher_process import RunningTeacher
 from vopd_proto.arrays import Float32Array
-from wire_client import Question, WireClient, connect
+from wire_client import Answer, Question, RefusedError, WireClient, connect
 
 CONTEXTS = [[65, 66, 67, 68], [200], list(range(1, 120))]
+TRANSPORTS = {
+    "Score": WireClient.score,
+    "ScoreStream": WireClient.score_stream,
+    "HTTP protobuf": WireClient.score_http_protobuf,
+    "HTTP JSON": WireClient.score_http_json,
+}
+Ask = Callable[..., Awaitable[list[Answer]]]  # one of them, bound to a client
 TOLERANCE_NATS = 1e-4
 VLLM_TOLERANCE_NATS = 1e-3  # in float32; measured: 1e-5 on average, 5e-5 at most
 
@@ -67,6 +75,26 @@ async def known_teacher(
     )
 
 
+async def answers_or_refusal(teacher: Teacher, asking: Awaitable[list[Answer]], needs: str) -> list[Answer]:
+    """The answers; none from a teacher that does not have what is asked for and says so, naming what it has."""
+    if teacher.has(needs):
+        return await asking
+    with pytest.raises(RefusedError) as refused:
+        await asking
+    assert refused.value.refusal.code is grpc.StatusCode.FAILED_PRECONDITION
+    if needs == "temperature":
+        assert "scores at temperature 1 only" in refused.value.refusal.message
+    else:
+        assert refused.value.refusal.message.endswith(
+            f"no {needs} support; it has {', '.join(sorted(teacher.supports))}"
+        )
+    return []
+
+
+def random_completion(length: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 256, length)]
+
+
 # ---------------------------------------------------------------- references
 
 
@@ -106,6 +134,17 @@ async def fake_engine_in_process(stack: AsyncExitStack, _request: pytest.Fixture
     )
 
 
+async def fake_engine_with_head(stack: AsyncExitStack, _request: pytest.FixtureRequest) -> Teacher:
+    running = await stack.enter_async_context(fake_teacher(FakeEngine(gives_head=True)))
+    return await known_teacher(
+        running.client,
+        fake_reference,
+        supports={"sampled", "teacher_top_k", "candidates", "hidden_states"},
+        any_temperature=True,
+        tolerance_nats=TOLERANCE_NATS,
+    )
+
+
 async def teacher_of_process(
     stack: AsyncExitStack,
     request: pytest.FixtureRequest,
@@ -133,7 +172,7 @@ async def transformers_process(stack: AsyncExitStack, request: pytest.FixtureReq
         stack,
         request,
         name="tiny",
-        supports={"sampled", "teacher_top_k", "candidates"},
+        supports={"sampled", "teacher_top_k", "candidates", "hidden_states"},
         any_temperature=True,
         tolerance_nats=TOLERANCE_NATS,
     )
@@ -164,6 +203,6 @@ async def vllm_v2_process(stack: AsyncExitStack, request: pytest.FixtureRequest)
 
 
 MakeTeacher = Callable[[AsyncExitStack, pytest.FixtureRequest], Awaitable[Teacher]]
-TEACHERS: list[MakeTeacher] = [fake_engine_in_process, transformers_process]
+TEACHERS: list[MakeTeacher] = [fake_engine_in_process, fake_engine_with_head, transformers_process]
 if importlib.util.find_spec("vllm"):
     TEACHERS += [vllm_process, vllm_v2_process]

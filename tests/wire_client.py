@@ -27,6 +27,7 @@ from vopd_proto.arrays import Float32Array, IntArray, pack_uints, unpack_floats,
 SERVICE = "/vopd.teacher.v1.Teacher/"
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
+OCTET_STREAM = "application/octet-stream"
 # docs/wire-contract.md, the other way round.
 CODES_OF_STATUS = {
     401: {"UNAUTHENTICATED"},
@@ -46,18 +47,20 @@ CODES_OF_STATUS = {
 
 @dataclass(frozen=True)
 class Question:
-    """One completion to score. `candidates`: a list of ids a row; `k`: the teacher's top-k."""
+    """One completion to score. `candidates`: a list of ids a row; `k`: the teacher's top-k; `hidden`: hidden states."""
 
     completion: Sequence[int]
     context: int = 0  # index into the contexts sent beside it
     k: int | None = None
     candidates: Sequence[Sequence[int]] | None = None
+    hidden: bool = False
     name: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as arrays; support arrays are flat for candidates, [T, k] for top-k."""
+    """An answer as arrays; support arrays are flat for candidates, [T, k] for top-k. float_types: of the
+    log-probabilities; hidden_types: of the hidden states."""
 
     name: str
     sampled_T: Float32Array
@@ -65,6 +68,8 @@ class Answer:
     support_ids: IntArray | None
     float_types: frozenset[int]
     num_chunks: int
+    hidden_TH: Float32Array | None = None
+    hidden_types: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,28 @@ class WireClient:
     async def info(self) -> pb.GetInfoResponse:
         response: pb.GetInfoResponse = await self.unary("GetInfo", pb.GetInfoRequest(), pb.GetInfoResponse)
         return response
+
+    def head_stream(self, data: bytes = b"", timeout_s: float | None = None) -> Any:
+        """An open GetHead."""
+        return self.channel.unary_stream(SERVICE + "GetHead", response_deserializer=pb.GetHeadResponse.FromString)(
+            data, timeout=timeout_s
+        )
+
+    async def head(self) -> bytes:
+        """The whole file that GetHead sends. Raises: RefusedError."""
+        try:
+            pieces = [piece async for piece in self.head_stream()]
+        except aio.AioRpcError as error:
+            raise RefusedError(refusal_of(error)) from error
+        data = b"".join(piece.data for piece in pieces)
+        assert [piece.num_bytes for piece in pieces] == [len(data)] + [0] * (len(pieces) - 1)
+        return data
+
+    async def head_http(self, **headers: str) -> httpx2.Response:
+        """The answer of GET /v1/head. Raises: RefusedError for one that is neither the file nor a 304."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        response = await self.http.get("/v1/head", headers=named)
+        return response if response.status_code == 304 else checked_response(response, OCTET_STREAM)
 
     async def score(
         self,
@@ -266,6 +293,8 @@ def _sequence_body(question: Question) -> dict[str, Any]:
         body["teacher_top_k"] = question.k
     if question.candidates is not None:
         body["candidates"] = [list(row) for row in question.candidates]
+    if question.hidden:
+        body["hidden_states"] = True
     return body
 
 
@@ -286,6 +315,8 @@ def sequence_message(question: Question, contexts: Sequence[Sequence[int]]) -> p
         message.num_candidates = len(flat)
         message.candidates.ids.CopyFrom(ids(flat))
         message.candidates.counts.CopyFrom(ids([len(row) for row in question.candidates]))
+    if question.hidden:
+        message.hidden_states.SetInParent()
     return message
 
 
@@ -347,6 +378,9 @@ def _answer(parts: Sequence[pb.SequenceScores]) -> Answer:
     has_support = any(part.HasField("support_logprobs") for part in parts)
     support = np.concatenate([unpack_floats(part.support_logprobs) for part in parts])
     support_ids = np.concatenate([unpack_uints(part.support_ids) for part in parts])
+    has_hidden = any(part.HasField("hidden_states") for part in parts)
+    hidden = np.concatenate([unpack_floats(part.hidden_states) for part in parts])
+    hidden_size = len(hidden) // max(len(sampled_T), 1)
     return Answer(
         name=parts[0].sequence_id,
         sampled_T=sampled_T,
@@ -354,6 +388,8 @@ def _answer(parts: Sequence[pb.SequenceScores]) -> Answer:
         support_ids=support_ids.reshape(-1, k) if k else None,
         float_types=frozenset(part.sampled_logprobs.type for part in parts),
         num_chunks=len(parts),
+        hidden_TH=hidden.reshape(len(sampled_T), hidden_size) if has_hidden else None,
+        hidden_types=frozenset(part.hidden_states.type for part in parts if has_hidden),
     )
 
 
@@ -367,6 +403,7 @@ def _json_answer(scores: dict[str, Any]) -> Answer:
         width: tuple[int, ...] = (-1,)
     else:
         width = (len(sampled_T), -1 if len(sampled_T) else 0)
+    hidden = scores["hidden_states"]
     return Answer(
         name=scores["sequence_id"],
         sampled_T=sampled_T,
@@ -374,6 +411,10 @@ def _json_answer(scores: dict[str, Any]) -> Answer:
         support_ids=None if support_ids is None else np.asarray(support_ids, np.int64).reshape(width),
         float_types=frozenset({pb.FLOAT32}),
         num_chunks=1,
+        hidden_TH=None
+        if hidden is None
+        else np.asarray(hidden, np.float32).reshape(len(sampled_T), -1 if hidden else 0),
+        hidden_types=frozenset() if hidden is None else frozenset({pb.FLOAT32}),
     )
 
 

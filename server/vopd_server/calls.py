@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.answer_codec import check_answer_fits, pack_info, pack_response, pack_tokenizer
+from vopd_server.answer_codec import (
+    answer_format_of,
+    check_answer_fits,
+    json_format,
+    pack_info,
+    pack_response,
+    pack_tokenizer,
+)
 from vopd_server.codec import (
     check_float_type,
     check_no_unknown_fields,
@@ -24,11 +33,13 @@ from vopd_server.concurrency import deadline
 from vopd_server.errors import EngineError, TeacherError
 from vopd_server.grpc_errors import status_code
 from vopd_server.service import TeacherService
-from vopd_server.types import ScoreRequest
+from vopd_server.types import HeadFile, ScoreRequest
 
 logger = logging.getLogger(__name__)
 
 SERVER_VERSION = version("vopd")
+HEAD_PIECE_BYTES = 2**20
+_QUIET_METHODS = ("GetInfo", "GetTokenizer")  # every handshake's; logged for debugging only
 
 
 @dataclass
@@ -67,13 +78,35 @@ async def score(
     call.num_tokens = sum(shape.num_tokens for shape in shapes)
 
     def unpack() -> Sequence[ScoreRequest]:
-        check_answer_fits(shapes, request.float_type, service.limits.max_message_bytes)
+        info = service.info
+        check_answer_fits(shapes, answer_format_of(info, request.float_type), service.limits.max_message_bytes)
         if max_json_bytes is not None:
-            check_answer_fits(shapes, request.float_type, max_json_bytes, limit="the bound on answers in JSON")
+            check_answer_fits(shapes, json_format(info), max_json_bytes, limit="the bound on answers in JSON")
         return unpack_request(request, call.request_id)
 
     scored = await service.score_batch(shapes, unpack, temperature=temperature_of(request))
-    return pack_response(request, call.request_id, service.info.model_revision, scored)
+    # In a thread: rounding the hidden states of a large answer takes tenths of a second.
+    return await asyncio.to_thread(pack_response, request, call.request_id, service.info, scored)
+
+
+async def head_pieces(head: HeadFile) -> AsyncIterator[bytes]:
+    """The file in pieces of HEAD_PIECE_BYTES, each read in a thread when it is asked for.
+
+    Raises: EngineError when the file is not what it was.
+    """
+    for offset in range(0, head.num_bytes, HEAD_PIECE_BYTES):
+        num_bytes = min(HEAD_PIECE_BYTES, head.num_bytes - offset)
+        yield await asyncio.to_thread(_read_piece, head.path, offset, num_bytes)
+
+
+def _read_piece(path: Path, offset: int, num_bytes: int) -> bytes:
+    """Opens the file anew: a read that nobody waits for any more has nothing to close under it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        piece = file.read(num_bytes)
+    if len(piece) != num_bytes:
+        raise EngineError(f"the file of the output head ends at byte {offset + len(piece)}")
+    return piece
 
 
 @asynccontextmanager
@@ -104,7 +137,7 @@ async def answering(service: TeacherService, call: Call, *, timeout_s: float | N
         seconds = time.monotonic() - started_s
         service.metrics.call_ended(call.transport, call.method, code, seconds)
         logger.log(
-            logging.INFO if call.method.startswith("Score") else logging.DEBUG,
+            logging.DEBUG if call.method in _QUIET_METHODS else logging.INFO,
             call.method,
             extra={
                 "transport": call.transport,

@@ -62,7 +62,8 @@ def look_at_engine(config: ServerConfig) -> Facts:
     """Which engine it would be. Raises: ConfigError when it is not installed."""
     engine = choose_engine(config)
     check_installed(engine)
-    return [("engine", f"{engine} (chosen by auto)" if config.engine == "auto" else engine)]
+    facts = [("engine", f"{engine} (chosen by auto)" if config.engine == "auto" else engine)]
+    return [*facts, ("gives away", "the model's output head, and hidden states")] if config.allow_full_vocab else facts
 
 
 def look_at_engine_args(config: ServerConfig) -> Facts:

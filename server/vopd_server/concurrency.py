@@ -1,4 +1,4 @@
-"""Two small patterns that asyncio spells at length."""
+"""Small patterns that asyncio spells at length."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ async def deadline(seconds: float | None) -> AsyncIterator[None]:
         if not scope.expired():
             raise
         raise DeadlineError(f"the caller's deadline passed after {seconds:.3g} s") from error
+
+
+@asynccontextmanager
+async def unread_timeout(seconds: float) -> AsyncIterator[None]:
+    """Around sending a part of an answer, which waits for the client to read. Raises: DeadlineError."""
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            yield
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise DeadlineError(f"an answer was left unread for {seconds:g} s (answer_timeout_s)") from error

@@ -54,6 +54,12 @@ class ServerConfig(BaseModel):
     deterministic: bool = Field(
         False, description="The same request gives the same bits, whatever else is served beside it (slower)."
     )
+    allow_full_vocab: bool = Field(
+        False,
+        description="Give the model's output head, a matrix of its weights, to whoever may score, and final hidden "
+        "states with it. vopd-full, full-kl, exact KL in evaluations and `vopd-client variance` need them. Engine "
+        "transformers only, which auto then is.",
+    )
 
     # --- where
     host: str = Field("127.0.0.1", description="Address to listen on; one that is not loopback needs --open.")
@@ -173,6 +179,7 @@ def reasons_against_vllm(config: ServerConfig) -> list[str]:
         for reason, applies in (
             ("cannot be deterministic", config.deterministic),
             (f"chooses its devices itself: leave device {config.device} out", config.device is not None),
+            ("does not give hidden states away, as allow_full_vocab asks: transformers does", config.allow_full_vocab),
         )
         if applies
     ]

@@ -73,6 +73,7 @@ def _transformers_engine(config: ServerConfig) -> Engine:
         max_top_k=config.max_top_k,
         deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
+        allow_full_vocab=config.allow_full_vocab,
     )
 
 

@@ -11,8 +11,9 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
+from vopd_server.calls import Call, answering, get_info, get_tokenizer, head_pieces, score
 from vopd_server.codec import check_no_unknown_fields, parse
+from vopd_server.concurrency import unread_timeout
 from vopd_server.errors import TeacherError
 from vopd_server.grpc_errors import error_message, status_code, status_metadata
 from vopd_server.grpc_stream import ScoreStream
@@ -43,7 +44,12 @@ class TeacherRpc:
     async def GetHead(self, data: bytes, context: Context) -> None:
         async with self._answering("GetHead", context):
             check_no_unknown_fields(parse(pb.GetHeadRequest, data))
-            self._service.check_head()
+            head = self._service.head_file
+            num_bytes = head.num_bytes
+            async for piece in head_pieces(head):
+                async with unread_timeout(self._answer_timeout_s):
+                    await context.write(pb.GetHeadResponse(data=piece, num_bytes=num_bytes))
+                num_bytes = 0  # told once
 
     async def Score(self, data: bytes, context: Context) -> pb.ScoreResponse:
         async with self._answering("Score", context) as call:

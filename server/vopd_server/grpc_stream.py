@@ -17,7 +17,7 @@ from functools import partial
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import IntArray
 from vopd_server.admission import Ticket
-from vopd_server.answer_codec import pack_chunks
+from vopd_server.answer_codec import answer_format_of, pack_chunks
 from vopd_server.codec import (
     check_float_type,
     check_no_unknown_fields,
@@ -28,8 +28,8 @@ from vopd_server.codec import (
     unpack_ids,
     unpack_sequence,
 )
-from vopd_server.concurrency import task_group
-from vopd_server.errors import DeadlineError, InvalidRequestError, TeacherError, UnsupportedError
+from vopd_server.concurrency import task_group, unread_timeout
+from vopd_server.errors import InvalidRequestError, TeacherError, UnsupportedError
 from vopd_server.grpc_errors import score_failure
 from vopd_server.service import TeacherService
 from vopd_server.validation import SequenceShape, check_temperature
@@ -208,21 +208,16 @@ class ScoreStream:
             await self._send(pb.ScoreStreamResponse(failure=score_failure(sequence.sequence_id, error)))
             return False
         scores = dataclasses.replace(scores, queue_time_s=scores.queue_time_s + held_s)
-        for chunk in pack_chunks(sequence.sequence_id, request, scores, self._settings.float_type):
+        answer_format = answer_format_of(self._service.info, self._settings.float_type)
+        for chunk in pack_chunks(sequence.sequence_id, request, scores, answer_format):
             await self._send(pb.ScoreStreamResponse(chunk=chunk))
         self.num_tokens += shape.num_tokens
         return True
 
     async def _send(self, response: pb.ScoreStreamResponse) -> None:
         """One message at a time. Raises: DeadlineError when the client does not take it."""
-        async with self._writing:
-            try:
-                async with asyncio.timeout(self._answer_timeout_s):
-                    await self._write(response)
-            except TimeoutError as error:
-                raise DeadlineError(
-                    f"an answer was left unread for {self._answer_timeout_s:g} s (answer_timeout_s)"
-                ) from error
+        async with self._writing, unread_timeout(self._answer_timeout_s):
+            await self._write(response)
 
     def _give_back(self, ticket: Ticket, task: asyncio.Task[bool]) -> None:
         answered = not task.cancelled() and task.exception() is None and task.result()

@@ -1,11 +1,10 @@
-"""The HTTP transport: gRPC's unary calls under /v1, as JSON or as the same protobuf bytes. Nothing is decided here."""
+"""The HTTP transport: gRPC's calls under /v1, as JSON or as the same protobuf bytes. Nothing is decided here."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Coroutine
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from google.protobuf.message import Message
@@ -18,16 +17,16 @@ from vopd_server.calls import SERVER_VERSION, Call, answering, get_info, get_tok
 from vopd_server.codec import parse
 from vopd_server.errors import (
     BodyTooLargeError,
-    ClientGoneError,
     DeadlineError,
-    InvalidRequestError,
     MediaTypeError,
     TeacherError,
 )
 from vopd_server.http_errors import error_response, routing_error_response
+from vopd_server.http_head import HeadResponse
 from vopd_server.http_info import info_answer, tokenizer_answer
 from vopd_server.http_json import parse_score_body, score_answer
-from vopd_server.http_openapi import GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
+from vopd_server.http_openapi import GET_HEAD, GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
+from vopd_server.http_request import timeout_of, while_connected
 from vopd_server.service import TeacherService
 
 JSON = "application/json"
@@ -39,11 +38,12 @@ MAX_JSON_BYTES = 16 * 2**20
 # A client that is told of an error while it still sends may see a broken connection instead of the error.
 LAST_WORDS_S = 0.5
 
-Answered = TypeVar("Answered")
-
 
 def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
-    """The ASGI application. body_timeout_s: in which a request's body must have arrived."""
+    """The ASGI application.
+
+    body_timeout_s: in which a request's body must have arrived, and a client must have taken a piece of the head.
+    """
     # No pages of documentation: they would load scripts from another site.
     app = FastAPI(title="vopd teacher", version=SERVER_VERSION, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _routing_error)
@@ -51,6 +51,7 @@ def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
     api = HttpApi(service, body_timeout_s=body_timeout_s)
     app.get("/v1/info", **GET_INFO)(api.get_info)
     app.get("/v1/tokenizer", **GET_TOKENIZER)(api.get_tokenizer)
+    app.get("/v1/head", **GET_HEAD)(api.get_head)
     app.post("/v1/score", **SCORE)(api.score)
     describe(app)
     return app
@@ -90,12 +91,15 @@ class HttpApi:
 
         return await self._answer(request, "GetTokenizer", answer)
 
+    async def get_head(self, _request: Request) -> Response:
+        return HeadResponse(self._service, unread_timeout_s=self._body_timeout_s)
+
     async def score(self, request: Request) -> Response:
         async def answer(call: Call) -> Response:
             encoding = _encoding_of(request)
             limit = self._service.limits.max_message_bytes
             body = await self._read_body(request, min(limit, MAX_JSON_BYTES) if encoding == JSON else limit)
-            return await _while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
+            return await while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
 
         return await self._answer(request, "Score", answer)
 
@@ -115,7 +119,7 @@ class HttpApi:
         """Around every call; its errors become their responses."""
         call = Call("http", method)
         try:
-            async with answering(self._service, call, timeout_s=_timeout_s(request)):
+            async with answering(self._service, call, timeout_s=timeout_of(request)):
                 return await answer(call)
         except TeacherError as error:
             return error_response(error, call.request_id)
@@ -149,30 +153,6 @@ async def _hear_out(request: Request) -> None:
         pass
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
-    """The result of `work`, which is cancelled when the client hangs up.
-
-    Raises: ClientGoneError, and what `work` raises.
-    """
-    working = asyncio.ensure_future(work)
-    listening = asyncio.ensure_future(_hang_up(request))
-    try:
-        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError("the client hung up")
-        return working.result()
-    finally:
-        working.cancel()
-        listening.cancel()
-        await asyncio.gather(working, listening, return_exceptions=True)
-
-
-async def _hang_up(request: Request) -> None:
-    """Returns when the client has gone; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 # ---------------------------------------------------------------- headers
 
 
@@ -193,20 +173,6 @@ def _wants(request: Request, *, default: str) -> Encoding:
     accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
     named = next((media_type for media_type in accepted if media_type in (JSON, PROTOBUF)), default)
     return "application/x-protobuf" if named == PROTOBUF else "application/json"
-
-
-def _timeout_s(request: Request) -> float | None:
-    """Raises: InvalidRequestError for a Request-Timeout that is no number of seconds."""
-    told = request.headers.get("request-timeout")
-    if told is None:
-        return None
-    try:
-        seconds = float(told)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds <= 0:
-        raise InvalidRequestError("Request-Timeout", f"{told!r}; it must be a number of seconds above 0")
-    return seconds
 
 
 # ---------------------------------------------------------------- answers

@@ -29,7 +29,10 @@ class LimitsBody(BaseModel):
 
 
 class InfoAnswer(BaseModel):
-    """The handshake; the fields are those of GetInfoResponse in teacher.proto."""
+    """The handshake; the fields are those of GetInfoResponse in teacher.proto.
+
+    head_sha256: of the file at /v1/head; empty where the model's output head is not given away.
+    """
 
     model_id: str
     model_revision: str
@@ -46,6 +49,7 @@ class InfoAnswer(BaseModel):
     deterministic: bool
     limits: LimitsBody
     server_version: str
+    head_sha256: str
 
 
 class TokenizerAnswer(BaseModel):

@@ -47,7 +47,7 @@ class SequenceBody(_Body):
     completion_ids: list[TokenId]
     teacher_top_k: int | None = Field(None, ge=0, lt=2**32, description="The teacher's own k most likely ids a row.")
     candidates: list[list[TokenId]] | None = Field(None, description="Ids to score, a list a completion token.")
-    hidden_states: bool = Field(False, description="Final hidden states instead of a support.")
+    hidden_states: bool = Field(False, description="Final hidden states, for the output head of /v1/head.")
 
 
 class ScoreBody(_Body):
@@ -145,6 +145,9 @@ class SequenceAnswer(BaseModel):
         description="teacher_top_k: most likely first. candidates: as they were asked for. Otherwise null."
     )
     support_ids: list[list[int]] | None = Field(description="teacher_top_k only.")
+    hidden_states: list[list[float]] | None = Field(
+        description="hidden_states only: what the output head of /v1/head turns into the whole distribution."
+    )
     queue_time_s: float
     engine_time_s: float = Field(description="Of the engine batch that this sequence was part of.")
 
@@ -168,7 +171,7 @@ def score_answer(request: pb.ScoreRequest, response: pb.ScoreResponse) -> bytes:
 
 
 def _sequence_answer(asked: pb.Sequence, answered: pb.SequenceScores) -> dict[str, Any]:
-    support_logprobs = support_ids = None
+    support_logprobs = support_ids = hidden_states = None
     match asked.WhichOneof("support"):
         case "teacher_top_k":
             shape = (answered.num_rows, answered.k)
@@ -177,11 +180,16 @@ def _sequence_answer(asked: pb.Sequence, answered: pb.SequenceScores) -> dict[st
         case "candidates":
             counts = unpack_uints(asked.candidates.counts).tolist()
             support_logprobs = _rows(unpack_floats(answered.support_logprobs), counts)
+        case "hidden_states":
+            flat = unpack_floats(answered.hidden_states)
+            hidden_size = len(flat) // max(answered.num_rows, 1)
+            hidden_states = _rows(flat, [hidden_size] * answered.num_rows)
     return {
         "sequence_id": answered.sequence_id,
         "sampled_logprobs": _numbers(unpack_floats(answered.sampled_logprobs)),
         "support_logprobs": support_logprobs,
         "support_ids": support_ids,
+        "hidden_states": hidden_states,
         "queue_time_s": _number(answered.queue_time_s),
         "engine_time_s": _number(answered.engine_time_s),
     }

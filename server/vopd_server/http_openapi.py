@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.responses import Response
 
 from vopd_server.http_errors import ErrorBody
 from vopd_server.http_info import InfoAnswer, TokenizerAnswer
@@ -47,6 +48,38 @@ GET_TOKENIZER: dict[str, Any] = {
     "response_model": TokenizerAnswer,
     "responses": {200: {"content": _PROTOBUF, "description": "The table."}, **_errors(**_ANY_CALL)},
     "openapi_extra": {"parameters": [_TIMEOUT]},
+}
+GET_HEAD: dict[str, Any] = {
+    "operation_id": "GetHead",
+    "summary": "The output head that finishes hidden states, as a safetensors file; see teacher.proto.",
+    "response_class": Response,
+    "responses": {
+        200: {
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            "description": "The file.",
+            "headers": {
+                "ETag": {
+                    "description": "The file's SHA-256 in quotes: head_sha256 of /v1/info.",
+                    "required": True,
+                    "schema": {"type": "string"},
+                }
+            },
+        },
+        304: {"description": "The file is the one that If-None-Match names."},
+        **_errors(_409="This teacher does not give its head away; the message names what it can.", **_ANY_CALL),
+    },
+    "openapi_extra": {
+        "parameters": [
+            _TIMEOUT,
+            {
+                "name": "If-None-Match",
+                "in": "header",
+                "required": False,
+                "description": "The ETag of the file that the client has.",
+                "schema": {"type": "string"},
+            },
+        ]
+    },
 }
 SCORE: dict[str, Any] = {
     "operation_id": "Score",

@@ -18,7 +18,7 @@ from vopd_server.concurrency import task_group
 from vopd_server.engines.base import Engine
 from vopd_server.errors import EngineDeadError, EngineError, TeacherError, UnavailableError, UnsupportedError
 from vopd_server.metrics import Metrics
-from vopd_server.types import EngineInfo, ScoreRequest, Scores, TokenizerInfo, empty_scores
+from vopd_server.types import EngineInfo, HeadFile, ScoreRequest, Scores, TokenizerInfo, empty_scores
 from vopd_server.validation import (
     Limits,
     SequenceShape,
@@ -26,6 +26,7 @@ from vopd_server.validation import (
     check_scores,
     check_shapes,
     check_temperature,
+    hidden_states_hint,
 )
 
 logger = logging.getLogger(__name__)
@@ -134,12 +135,16 @@ class TeacherService:
     def tokenizer(self) -> TokenizerInfo:
         return self._engine.tokenizer
 
-    def check_head(self) -> None:
-        """Raises: UnsupportedError; no engine gives its output head away yet."""
-        supports = ", ".join(sorted(self.info.supports))
+    @property
+    def head_file(self) -> HeadFile:
+        """The model's output head. Raises: UnsupportedError where it is not given away."""
+        info = self.info
+        if info.head is not None:
+            return info.head
+        supports = ", ".join(sorted(info.supports))
         raise UnsupportedError(
-            f"engine {self.info.engine} does not give away the model's output head, since it has no hidden_states "
-            f"support; it has {supports}"
+            f"engine {info.engine} does not give away the model's output head, since it has no hidden_states "
+            f"support; it has {supports}{hidden_states_hint(info)}"
         )
 
     # ---------------------------------------------------------------- scoring
@@ -191,7 +196,7 @@ class TeacherService:
     async def _run(self, request: ScoreRequest) -> Scores:
         """The engine's answer, checked. An empty completion has one that needs no engine."""
         if len(request.completion_ids) == 0:
-            return empty_scores(request)
+            return empty_scores(request, hidden_size=self.info.hidden_size)
         try:
             scores = await self._engine.score(request)
         except TeacherError:
@@ -199,7 +204,7 @@ class TeacherService:
         except Exception as error:
             logger.exception("engine failed", extra={"request_id": request.request_id})
             raise EngineError(f"the engine failed; the teacher's log tells why under {request.request_id}") from error
-        check_scores(request, scores)
+        check_scores(request, scores, hidden_size=self.info.hidden_size)
         self.metrics.sequence_scored(
             context_tokens=len(request.context_ids),
             completion_tokens=len(request.completion_ids),

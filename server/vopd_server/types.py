@@ -128,7 +128,7 @@ class TokenizerInfo:
     fingerprint: str
 
 
-def empty_scores(request: ScoreRequest) -> Scores:
+def empty_scores(request: ScoreRequest, *, hidden_size: int) -> Scores:
     """The answer to an empty completion: no rows."""
     nothing = np.empty(0, np.float32)
     match request.support:
@@ -136,5 +136,7 @@ def empty_scores(request: ScoreRequest) -> Scores:
             return Scores(nothing, np.empty((0, k), np.float32), np.empty((0, k), np.int64))
         case Candidates():
             return Scores(nothing, nothing)
-        case _:
+        case HiddenStates():
+            return Scores(nothing, hidden_states_TH=np.empty((0, hidden_size), np.float32))
+        case NoSupport():
             return Scores(nothing)

@@ -106,8 +106,10 @@ def check_request(request: ScoreRequest, *, field: str, info: EngineInfo, limits
             pass
 
 
-def check_scores(request: ScoreRequest, scores: Scores) -> None:
+def check_scores(request: ScoreRequest, scores: Scores, *, hidden_size: int) -> None:
     """Refuses an engine's answer that is not wholly there: a missing row or a NaN is never passed on.
+
+    Hidden states must be finite; a log-probability may be minus infinity.
 
     Raises: EngineError.
     """
@@ -128,9 +130,28 @@ def check_scores(request: ScoreRequest, scores: Scores) -> None:
         scores.support_ids_TK is None or scores.support_ids_TK.shape != expected
     ):
         raise EngineError("the engine returned a top-k support without its ids")
+    _check_hidden_states(request, scores, (num_rows, hidden_size))
     for logprobs in (scores.sampled_logprobs_T, scores.support_logprobs):
         if logprobs is not None and np.isnan(logprobs).any():
             raise EngineError("the engine returned NaN: the model's logits are broken")
+
+
+def hidden_states_hint(info: EngineInfo) -> str:
+    """What is added where hidden states, or the head for them, are refused: how they could be had."""
+    return "; whoever starts it can allow them with --allow-full-vocab" if info.engine == "transformers" else ""
+
+
+def _check_hidden_states(request: ScoreRequest, scores: Scores, expected: tuple[int, int]) -> None:
+    hidden_TH = scores.hidden_states_TH
+    if not isinstance(request.support, HiddenStates):
+        if hidden_TH is not None:
+            raise EngineError("the engine returned hidden states that were not asked for")
+        return
+    if hidden_TH is None or hidden_TH.shape != expected:
+        found = None if hidden_TH is None else hidden_TH.shape
+        raise EngineError(f"the engine returned hidden states of shape {found}; {expected} was asked for")
+    if not np.isfinite(hidden_TH).all():
+        raise EngineError("the engine returned hidden states that are not finite")
 
 
 def _check_shape(shape: SequenceShape, info: EngineInfo, limits: Limits) -> None:
@@ -147,7 +168,10 @@ def _check_shape(shape: SequenceShape, info: EngineInfo, limits: Limits) -> None
         )
     if shape.kind not in info.supports:
         offered = ", ".join(sorted(info.supports))
-        raise UnsupportedError(f"{shape.field}: engine {info.engine} has no {shape.kind} support; it has {offered}")
+        hint = hidden_states_hint(info) if shape.kind == "hidden_states" else ""
+        raise UnsupportedError(
+            f"{shape.field}: engine {info.engine} has no {shape.kind} support; it has {offered}{hint}"
+        )
     if shape.kind == "teacher_top_k":
         most = min(limits.max_top_k, info.vocab_size)
         if not 1 <= shape.k <= most:

@@ -1,4 +1,4 @@
-"""The server processes that the contract suites share, and the models that they are compared with."""
+"""What the contract suites share: every teacher, every way to ask it, the server processes and reference models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,40 @@ from transformers import AutoModelForCausalLM
 
 from conftest import REPOSITORY
 from teacher_process import RunningTeacher, start_teacher
+from teachers import TEACHERS, TRANSPORTS, Ask, Teacher
 from tiny_model import write_tiny_model
+
+
+@pytest.fixture(params=TEACHERS, ids=lambda make: make.__name__)
+async def teacher(request: pytest.FixtureRequest) -> AsyncIterator[Teacher]:
+    async with AsyncExitStack() as stack:
+        yield await request.param(stack, request)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def ask(request: pytest.FixtureRequest, teacher: Teacher) -> Ask:
+    return partial(TRANSPORTS[request.param], teacher.client)
 
 
 def float32_model(model_dir: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
+TINY_FLAGS = ["--engine", "transformers", "--device", "cpu", "--allow-full-vocab"]
+
+
 @pytest.fixture(scope="session")
 def tiny_process(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
-    with start_teacher(tiny_model_dir, "--engine", "transformers", "--dtype", "float32", "--device", "cpu") as process:
+    with start_teacher(tiny_model_dir, *TINY_FLAGS, "--dtype", "float32") as process:
         yield process
+        process.terminate()  # not killed, so that the file of its head goes with it
+
+
+@pytest.fixture(scope="session")
+def tiny_bfloat16_process(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
+    with start_teacher(tiny_model_dir, *TINY_FLAGS, "--dtype", "bfloat16", "--deterministic") as process:
+        yield process
+        process.terminate()
 
 
 @pytest.fixture(scope="session")

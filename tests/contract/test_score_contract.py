@@ -1,22 +1,19 @@
 """What every teacher answers, whichever engine computes it and whichever way it is asked.
 
-The two axes are `teachers.TEACHERS` and `TRANSPORTS`: a new engine is one more function that yields an address and a
-reference to compare with, a new transport one more function from questions to answers. What an engine does not have
-it must refuse, naming what it has.
+The two axes are `teachers.TEACHERS` and `teachers.TRANSPORTS`: a new engine is one more function that yields an
+address and a reference to compare with, a new transport one more function from questions to answers. What an engine
+does not have it must refuse, naming what it has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from functools import partial
+from collections.abc import Awaitable, Callable
 
-import grpc
 import numpy as np
 import pytest
 
-from teachers import CONTEXTS, TEACHERS, Teacher
+from teachers import CONTEXTS, TRANSPORTS, Ask, Teacher, answers_or_refusal, random_completion
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import Float32Array
 from vopd_proto.fingerprint import tokenizer_fingerprint
@@ -25,56 +22,16 @@ from wire_client import (
     PROTOBUF,
     Answer,
     Question,
-    RefusedError,
     WireClient,
     checked_response,
     score_request,
     stream_settings,
 )
 
-Ask = Callable[..., Awaitable[list[Answer]]]
-
-TRANSPORTS = {
-    "Score": WireClient.score,
-    "ScoreStream": WireClient.score_stream,
-    "HTTP protobuf": WireClient.score_http_protobuf,
-    "HTTP JSON": WireClient.score_http_json,
-}
 CHUNK_BYTES = 2**20  # of a stream's answer
 
 
-@pytest.fixture(params=TEACHERS, ids=lambda make: make.__name__)
-async def teacher(request: pytest.FixtureRequest) -> AsyncIterator[Teacher]:
-    async with AsyncExitStack() as stack:
-        yield await request.param(stack, request)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def ask(request: pytest.FixtureRequest, teacher: Teacher) -> Ask:
-    return partial(TRANSPORTS[request.param], teacher.client)
-
-
-async def answers_or_refusal(teacher: Teacher, asking: Awaitable[list[Answer]], needs: str) -> list[Answer]:
-    """The answers; none from a teacher that does not have what is asked for and says so, naming what it has."""
-    if teacher.has(needs):
-        return await asking
-    with pytest.raises(RefusedError) as refused:
-        await asking
-    assert refused.value.refusal.code is grpc.StatusCode.FAILED_PRECONDITION
-    if needs == "temperature":
-        assert "scores at temperature 1 only" in refused.value.refusal.message
-    else:
-        assert refused.value.refusal.message.endswith(
-            f"no {needs} support; it has {', '.join(sorted(teacher.supports))}"
-        )
-    return []
-
-
 # ---------------------------------------------------------------- what is answered
-
-
-def completion(length: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(0, 256, length)]
 
 
 def assert_sampled(teacher: Teacher, answer: Answer, question: Question, expected_TV: Float32Array) -> None:
@@ -85,7 +42,7 @@ def assert_sampled(teacher: Teacher, answer: Answer, question: Question, expecte
 
 
 async def test_sampled_logprobs_are_those_of_a_plain_forward(teacher: Teacher, ask: Ask) -> None:
-    question = Question(completion(50), name="q")
+    question = Question(random_completion(50), name="q")
     (answer,) = await ask(CONTEXTS, [question])
     assert_sampled(teacher, answer, question, teacher.expected_TV(question))
     assert (answer.name, answer.support, answer.support_ids) == ("q", None, None)
@@ -99,7 +56,7 @@ async def test_one_token_is_scored_from_the_last_context_row(teacher: Teacher, a
 
 
 async def test_the_teachers_top_k_comes_most_likely_first(teacher: Teacher, ask: Ask) -> None:
-    question = Question(completion(20), k=9)
+    question = Question(random_completion(20), k=9)
     (answer,) = await ask(CONTEXTS, [question])
     expected_TV = teacher.expected_TV(question)
     assert answer.support is not None
@@ -113,14 +70,14 @@ async def test_the_teachers_top_k_comes_most_likely_first(teacher: Teacher, ask:
 
 
 async def test_the_whole_vocabulary_is_a_distribution(teacher: Teacher, ask: Ask) -> None:
-    (answer,) = await ask(CONTEXTS, [Question(completion(4), k=teacher.vocab_size)])
+    (answer,) = await ask(CONTEXTS, [Question(random_completion(4), k=teacher.vocab_size)])
     assert answer.support is not None
     np.testing.assert_allclose(np.exp(answer.support.astype(np.float64)).sum(axis=1), 1, atol=teacher.tolerance_nats)
 
 
 async def test_ragged_candidates_are_scored_as_they_come(teacher: Teacher, ask: Ask) -> None:
     rows = [[5], [], [9, 9, 3, teacher.vocab_size - 1], [], [0, 1]]
-    question = Question(completion(5), candidates=rows)
+    question = Question(random_completion(5), candidates=rows)
     for answer in await answers_or_refusal(teacher, ask(CONTEXTS, [question]), "candidates"):
         assert_ragged(teacher, answer, question, rows)
 
@@ -136,7 +93,7 @@ def assert_ragged(teacher: Teacher, answer: Answer, question: Question, rows: li
 
 @pytest.mark.parametrize("temperature", [0.5, 2.5])
 async def test_logits_are_divided_by_the_temperature(teacher: Teacher, ask: Ask, temperature: float) -> None:
-    question = Question(completion(12), k=3)
+    question = Question(random_completion(12), k=3)
     asking = ask(CONTEXTS, [question], temperature=temperature)
     expected_TV = teacher.expected_TV(question, temperature)
     for answer in await answers_or_refusal(teacher, asking, "temperature"):
@@ -152,7 +109,7 @@ async def test_logits_are_divided_by_the_temperature(teacher: Teacher, ask: Ask,
 async def test_narrow_floats_round_the_answer_and_nothing_else(
     teacher: Teacher, transport: str, float_type: int, relative: float
 ) -> None:
-    question = Question(completion(30), k=2)
+    question = Question(random_completion(30), k=2)
     (answer,) = await TRANSPORTS[transport](teacher.client, CONTEXTS, [question], float_type=float_type)
     expected_TV = teacher.expected_TV(question)
     expected = expected_TV[np.arange(30), list(question.completion)]
@@ -164,8 +121,8 @@ async def test_narrow_floats_round_the_answer_and_nothing_else(
 
 
 async def test_a_context_shared_by_several_completions_gives_each_its_own_scores(teacher: Teacher, ask: Ask) -> None:
-    questions = [Question(completion(length, seed=length), context=2) for length in (3, 17, 1, 40, 17)]
-    questions += [Question(completion(9), context=0), Question(completion(9), context=2)]
+    questions = [Question(random_completion(length, seed=length), context=2) for length in (3, 17, 1, 40, 17)]
+    questions += [Question(random_completion(9), context=0), Question(random_completion(9), context=2)]
     for question, answer in zip(questions, await ask(CONTEXTS, questions), strict=True):
         assert_sampled(teacher, answer, question, teacher.expected_TV(question))
 
@@ -187,9 +144,9 @@ async def test_an_empty_completion_has_an_empty_answer(teacher: Teacher, ask: As
 async def test_supports_of_all_kinds_mix_in_one_request(teacher: Teacher, ask: Ask) -> None:
     candidates = [[4], [5], [6], [7], [8], [9]] if teacher.has("candidates") else None
     questions = [
-        Question(completion(6, seed=1), name="same"),
-        Question(completion(6, seed=2), k=2, name="same"),
-        Question(completion(6, seed=3), candidates=candidates, context=1, name="same"),
+        Question(random_completion(6, seed=1), name="same"),
+        Question(random_completion(6, seed=2), k=2, name="same"),
+        Question(random_completion(6, seed=3), candidates=candidates, context=1, name="same"),
     ]
     answers = await ask(CONTEXTS, questions)
     for question, answer in zip(questions, answers, strict=True):
@@ -207,7 +164,7 @@ async def test_sixteen_thousand_tokens_with_a_hundred_dense_candidates_pass(teac
     length = min(16_384, teacher.max_context_length - len(CONTEXTS[0]))
     ids = [[(7 * t + j) % 256 for j in range(100)] for t in range(length)]
     candidates = ids if teacher.has("candidates") else None
-    question = Question(completion(length), candidates=candidates, k=None if candidates else 100)
+    question = Question(random_completion(length), candidates=candidates, k=None if candidates else 100)
     (answer,) = await ask(CONTEXTS, [question])
     expected_TV = teacher.expected_TV(question)
     assert_sampled(teacher, answer, question, expected_TV)

@@ -50,6 +50,17 @@ async def teacher() -> AsyncIterator[FakeTeacher]:
         assert engine.num_running == 0
 
 
+LARGE_HEAD_BYTES = 32 * 2**20  # more than a connection buffers
+
+
+@pytest.fixture
+async def large_head() -> AsyncIterator[FakeTeacher]:
+    """A teacher whose head takes a while to send."""
+    async with fake_teacher(FakeEngine(gives_head=True)) as running:
+        running.engine.lengthen_head(LARGE_HEAD_BYTES)
+        yield running
+
+
 WAYS: list[Any] = [
     WireClient.score,
     WireClient.score_stream,
@@ -273,11 +284,10 @@ async def test_hidden_states_and_the_head_are_refused_in_words(teacher: FakeTeac
     refusal = await refused(send(teacher.client, request))
     assert refusal.code is grpc.StatusCode.FAILED_PRECONDITION
     assert "no hidden_states support; it has candidates, sampled, teacher_top_k" in refusal.message
-    call = teacher.client.channel.unary_stream("/vopd.teacher.v1.Teacher/GetHead")(b"")
-    with pytest.raises(aio.AioRpcError) as failed:
-        await call.read()
-    assert failed.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "it has candidates, sampled, teacher_top_k" in (failed.value.details() or "")
+    for fetch in (teacher.client.head, teacher.client.head_http):
+        refusal = await refused(fetch())
+        assert refusal.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "it has candidates, sampled, teacher_top_k" in refusal.message
 
 
 @pytest.mark.parametrize("method", ["GetInfo", "GetTokenizer", "Score"])
@@ -287,6 +297,15 @@ async def test_an_unknown_field_is_named_whatever_the_method(teacher: FakeTeache
     refusal = refusal_of(failed.value)
     assert (refusal.code, refusal.field) == (INVALID, f"{method}Request")
     assert "by number: 111" in refusal.message
+
+
+async def test_what_is_no_request_for_the_head_is_refused_too(teacher: FakeTeacher) -> None:
+    for data, words in ((b"\xf8\x06\x01", "by number: 111"), (b"\x07", "no GetHeadRequest message")):
+        with pytest.raises(aio.AioRpcError) as failed:
+            await teacher.client.head_stream(data).read()
+        refusal = refusal_of(failed.value)
+        assert (refusal.code, refusal.field) == (INVALID, "GetHeadRequest")
+        assert words in refusal.message
 
 
 async def test_random_bytes_are_refused_by_every_method(teacher: FakeTeacher) -> None:
@@ -336,6 +355,22 @@ async def test_an_answer_over_the_limit_is_refused_before_any_work_and_streams()
         assert answer.support.shape == (4000, 100)
 
 
+@pytest.mark.parametrize("way", [WireClient.score, WireClient.score_http_protobuf])
+async def test_hidden_states_over_the_limit_are_refused_before_any_work_and_stream(way: Any) -> None:
+    settings = {"max_message_bytes": 2**21, "max_tokens_per_request": 70_000, "max_sequences_per_request": 8}
+    async with fake_teacher(FakeEngine(gives_head=True), **settings) as teacher:
+        question = Question([1] * 60_000, hidden=True)
+        refusal = await refused(way(teacher.client, CONTEXTS, [question]))
+        assert (refusal.code, refusal.field) == (INVALID, "sequences")
+        assert f"an answer of up to {60_000 * 4 * 9 + 1280} bytes > max_message_bytes 2097152" in refusal.message
+        assert teacher.engine.requests == []
+        (answer,) = await way(teacher.client, CONTEXTS, [question], float_type=pb.BFLOAT16)
+        (streamed,) = await teacher.client.score_stream(CONTEXTS, [question])
+        assert answer.hidden_TH is not None
+        assert streamed.hidden_TH is not None
+        assert answer.hidden_TH.shape == streamed.hidden_TH.shape == (60_000, 8)
+
+
 # ---------------------------------------------------------------- clients that go away, and too many of them
 
 
@@ -372,6 +407,30 @@ async def test_a_client_that_sends_half_a_stream_and_leaves_is_forgotten(teacher
         await stream.write(stream_settings())
         assert (await stream.read()).WhichOneof("message") == "opened"
     await until(lambda: teacher.server.service.is_idle)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_the_head_is_forgotten(large_head: FakeTeacher) -> None:
+    async with connect(large_head.url) as client:
+        call = client.head_stream()
+        assert (await call.read()).num_bytes == LARGE_HEAD_BYTES
+        assert not large_head.server.service.is_idle
+    await until(lambda: large_head.server.service.is_idle)
+    assert len(await large_head.client.head()) == LARGE_HEAD_BYTES
+
+
+async def test_a_deadline_that_passes_ends_the_head(large_head: FakeTeacher) -> None:
+    call = large_head.client.head_stream(timeout_s=0.3)
+    await call.read()
+    await asyncio.sleep(0.4)  # not reading: what is in flight fills the connection
+
+    async def read_to_the_end() -> None:
+        while await call.read() is not aio.EOF:
+            pass
+
+    with pytest.raises(aio.AioRpcError) as failed:
+        await read_to_the_end()
+    assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: large_head.server.service.is_idle)
 
 
 @pytest.mark.parametrize("transport", ["Score", "ScoreStream", "HTTP"])

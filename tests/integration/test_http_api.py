@@ -16,9 +16,10 @@ import httpx2
 import numpy as np
 import pytest
 
-from fake_engine import FakeEngine, fake_logprobs_TV, fake_scores, until
+from fake_engine import FakeEngine, fake_hidden_TH, fake_logprobs_TV, fake_scores, until
 from fake_server import FakeTeacher, fake_teacher
 from vopd_proto import teacher_pb2 as pb
+from vopd_server import calls
 from vopd_server.types import ScoreRequest, Scores
 from wire_client import JSON, PROTOBUF, Question, RefusedError, checked_response, refusal_of_response, score_request
 
@@ -94,6 +95,24 @@ async def test_hidden_states_are_refused_by_naming_what_there_is(teacher: FakeTe
     refusal = refusal_of_response(await post(teacher, sequence(hidden_states=True)))
     assert (refusal.http_status, refusal.code) == (409, grpc.StatusCode.FAILED_PRECONDITION)
     assert "it has candidates, sampled, teacher_top_k" in refusal.message
+
+
+async def test_hidden_states_are_lists_of_numbers() -> None:
+    async with fake_teacher(FakeEngine(gives_head=True)) as teacher:
+        body = {"contexts": CONTEXTS, "sequences": [{"completion_ids": [5, 6], "hidden_states": True}]}
+        (scores,) = checked_response(await post(teacher, json.dumps(body))).json()["scores"]
+    expected_TH = fake_hidden_TH(np.asarray(CONTEXTS[0]), np.asarray([5, 6]))
+    assert [len(row) for row in scores["hidden_states"]] == [8, 8]
+    np.testing.assert_array_equal(np.asarray(scores["hidden_states"], np.float32), expected_TH)
+    assert (scores["support_logprobs"], scores["support_ids"]) == (None, None)
+
+
+async def test_hidden_states_of_16_bits_are_bounded_in_json_as_numbers_of_32() -> None:
+    engine = FakeEngine(gives_head=True, dtype="bfloat16")
+    async with fake_teacher(engine, max_tokens_per_request=500_000) as teacher:
+        body = {"contexts": [[1]], "sequences": [{"completion_ids": [1] * 60_000, "hidden_states": True}] * 8}
+        refusal = refusal_of_response(await post(teacher, json.dumps(body)))
+        assert f"an answer of up to {8 * (60_000 * 36 + 1280)} bytes > the bound on answers in JSON" in refusal.message
 
 
 async def test_a_request_id_is_echoed_and_otherwise_made(teacher: FakeTeacher) -> None:
@@ -280,6 +299,113 @@ async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(
     assert not any("271" in value for value in told)
 
 
+# ---------------------------------------------------------------- the head
+
+LARGE_HEAD_BYTES = 32 * 2**20  # more than a connection buffers
+
+
+@pytest.fixture
+async def large_head() -> AsyncIterator[FakeTeacher]:
+    """A teacher whose head takes a while to send; it sends it afterwards, too, and nothing hangs on."""
+    async with fake_teacher(FakeEngine(gives_head=True), answer_timeout_s=2) as running:
+        running.engine.lengthen_head(LARGE_HEAD_BYTES)
+        yield running
+        await until(lambda: running.server.service.is_idle)
+        assert len((await running.client.head_http()).content) == LARGE_HEAD_BYTES
+
+
+async def ask_for_head(teacher: FakeTeacher, **headers: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The answer's headers have been read, and of its body nothing."""
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    reader, writer = await send_raw(teacher, f"GET /v1/head HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    return reader, writer
+
+
+@pytest.mark.parametrize(
+    ("told", "status"),
+    [
+        ("ETAG", 304),
+        ("W/ETAG", 304),
+        ('"another", ETAG', 304),
+        ("*", 304),
+        ('"another"', 200),
+        ("sha256", 200),  # without its quotes it is no tag
+        ("", 200),
+    ],
+)
+async def test_a_client_that_has_the_head_is_not_sent_it_again(told: str, status: int) -> None:
+    async with fake_teacher(FakeEngine(gives_head=True)) as teacher:
+        head = teacher.engine.info.head
+        assert head is not None
+        sent = told.replace("ETAG", f'"{head.sha256}"').replace("sha256", head.sha256)
+        response = await teacher.client.head_http(If_None_Match=sent)
+        assert response.status_code == status
+        assert response.headers["etag"] == f'"{head.sha256}"'
+        assert response.content == (b"" if status == 304 else head.path.read_bytes())
+        await until(lambda: teacher.server.service.is_idle)
+
+
+async def test_the_head_is_sent_as_it_is_read_by_the_client(
+    large_head: FakeTeacher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read: list[int] = []
+    read_piece = calls._read_piece
+    monkeypatch.setattr(calls, "_read_piece", lambda *where: read.append(where[1]) or read_piece(*where))
+    with caplog.at_level("INFO", logger="vopd_server"):
+        reader, writer = await ask_for_head(large_head)
+        await asyncio.sleep(0.2)
+        assert len(read) < LARGE_HEAD_BYTES // 2**20, "it waits for who does not read"
+        assert not large_head.server.service.is_idle
+        assert len(await reader.readexactly(LARGE_HEAD_BYTES)) == LARGE_HEAD_BYTES
+        await until(lambda: large_head.server.service.is_idle)
+    writer.close()
+    assert read == list(range(0, LARGE_HEAD_BYTES, 2**20))
+    (told,) = (vars(record) for record in caplog.records if record.getMessage() == "GetHead")
+    assert (told["transport"], told["code"]) == ("http", "OK")
+
+
+@pytest.mark.parametrize(
+    ("leave", "code"),
+    [("hang up", "CANCELLED"), ("deadline", "DEADLINE_EXCEEDED"), ("unread", "DEADLINE_EXCEEDED")],
+)
+async def test_a_head_that_nobody_waits_for_any_more_ends(
+    large_head: FakeTeacher, leave: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut short, which its length tells; never closed with another length."""
+    caplog.set_level("INFO", logger="vopd_server")
+    headers = {"Request_Timeout": "0.2"} if leave == "deadline" else {}
+    reader, writer = await ask_for_head(large_head, **headers)
+    if leave == "hang up":
+        writer.close()
+    await until(lambda: large_head.server.service.is_idle)
+    if leave != "hang up":
+        assert len(await reader.read()) < LARGE_HEAD_BYTES
+        writer.close()
+    (told,) = (vars(record) for record in caplog.records if record.getMessage() == "GetHead")
+    assert told["code"] == code
+
+
+async def test_a_head_that_cannot_be_read_is_an_error_and_no_half_answer(teacher: FakeTeacher) -> None:
+    async with fake_teacher(FakeEngine(gives_head=True)) as with_head:
+        head = with_head.engine.info.head
+        assert head is not None
+        head.path.unlink()
+        with pytest.raises(RefusedError) as refused:
+            await with_head.client.head_http()
+        assert (refused.value.refusal.http_status, refused.value.refusal.code) == (500, grpc.StatusCode.INTERNAL)
+        assert str(head.path) not in refused.value.refusal.message
+
+
+async def test_a_wrong_timeout_and_a_head_that_is_not_given_away_are_told_like_any_error(teacher: FakeTeacher) -> None:
+    with pytest.raises(RefusedError) as refused:
+        await teacher.client.head_http(Request_Timeout="soon")
+    assert (refused.value.refusal.http_status, refused.value.refusal.field) == (422, "Request-Timeout")
+    with pytest.raises(RefusedError, match="no hidden_states support; it has candidates, sampled, teacher_top_k") as no:
+        await teacher.client.head_http()
+    assert (no.value.refusal.http_status, no.value.refusal.code) == (409, grpc.StatusCode.FAILED_PRECONDITION)
+
+
 # ---------------------------------------------------------------- paths
 
 
@@ -291,6 +417,7 @@ async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(
         ("GET", "/docs", 404, grpc.StatusCode.NOT_FOUND),
         ("GET", "/v1/score", 405, grpc.StatusCode.UNIMPLEMENTED),
         ("POST", "/v1/info", 405, grpc.StatusCode.UNIMPLEMENTED),
+        ("POST", "/v1/head", 405, grpc.StatusCode.UNIMPLEMENTED),
     ],
 )
 async def test_another_path_or_method_is_told_like_any_error(

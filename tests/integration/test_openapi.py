@@ -28,10 +28,11 @@ def as_bytes(_context: Any, value: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def running() -> Any:
-    with spawn([TEACHER]) as teacher:
+    with spawn([TEACHER, "head"]) as teacher:
         teacher.wait_until_ready()
         teacher.send_signal(signal.SIGUSR1)  # let go
         yield teacher
+        teacher.terminate()  # not killed, so that the file of its head goes with it
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,14 @@ def api(running: RunningTeacher) -> Any:
 
 # A request can be well-formed and ask for an id that this model does not have. A deadline of a nanosecond is one.
 EXCLUDED_CHECKS = [positive_data_acceptance, not_a_server_error]
-PATHS = [("GET", "/v1/info"), ("GET", "/v1/tokenizer"), ("POST", "/v1/score"), ("GET", "/healthz"), ("GET", "/readyz")]
+PATHS = [
+    ("GET", "/v1/info"),
+    ("GET", "/v1/tokenizer"),
+    ("GET", "/v1/head"),
+    ("POST", "/v1/score"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+]
 
 
 def test_every_path_is_tried_below(api: Any) -> None:
@@ -57,9 +65,9 @@ def answerable(body: dict[str, Any]) -> dict[str, Any]:
         {
             "sequence_id": sequence.get("sequence_id", ""),
             "completion_ids": [token % FAKE_VOCAB_SIZE for token in sequence["completion_ids"]],
-            "teacher_top_k": 3,
+            **({"teacher_top_k": 3} if index % 2 else {"hidden_states": True}),
         }
-        for sequence in body["sequences"]
+        for index, sequence in enumerate(body["sequences"])
     ]
     return {"contexts": [context_ids], "sequences": sequences}
 

@@ -7,6 +7,7 @@ an engine that answers when it is told.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -84,6 +85,26 @@ async def test_it_says_what_it_serves_and_where_and_logs_calls_without_their_tex
         (call,) = [entry for entry in logged if entry.get("request_id") == "find-me"]
         assert (call["message"], call["code"], call["num_sequences"], call["num_tokens"]) == ("Score", "OK", 1, 6)
         assert not any("201" in str(value) for value in call.values() if isinstance(value, str))
+
+
+def files_of_heads(place: Path) -> list[bytes]:
+    return [path.read_bytes() for path in place.glob("vopd-head-*/*")]
+
+
+async def test_the_head_that_it_gives_away_is_there_while_it_serves_and_no_longer(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--engine", "transformers", "--allow-full-vocab"]
+    with start_teacher(tiny_model_dir, *flags, env={"TMPDIR": str(tmp_path)}) as teacher:
+        (written,) = files_of_heads(tmp_path)
+        async with connect(teacher.url, teacher.http_url) as client:
+            data = await client.head()
+            assert (await client.info()).head_sha256 == hashlib.sha256(data).hexdigest()
+            assert (await client.head_http()).content == data
+        assert written == data
+        assert "the output head is given away" in teacher.log()
+        assert teacher.terminate() == 0
+        assert files_of_heads(tmp_path) == []
 
 
 async def test_a_teacher_that_was_killed_comes_back_on_the_same_port(held_teacher: RunningTeacher) -> None:

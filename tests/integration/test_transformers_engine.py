@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from tiny_model import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
 from vopd_proto.arrays import IntArray
-from vopd_server.engines.loading import LoadedModel, directory_revision
+from vopd_server.engines.loading import LoadedModel, directory_revision, load_model
 from vopd_server.engines.scoring_model import scoring_model
 from vopd_server.engines.transformers import EngineStats, TransformersEngine
 from vopd_server.errors import ConfigError, EngineError, InvalidRequestError, UnavailableError
-from vopd_server.types import Candidates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
+from vopd_server.types import Candidates, HeadFile, HiddenStates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
 
 V = 259  # of the tiny model
 TOLERANCE_NATS = 1e-4
@@ -61,12 +64,13 @@ def random_requests(
         alone = rng.integers(0, vocab_size, rng.integers(1, max_length))
         length = int(rng.choice([0, 1, 1, 2, 7, 24]))
         counts_T = rng.integers(0, 6, length)
-        supports = (NoSupport(), TeacherTopK(5), Candidates(rng.integers(0, vocab_size, counts_T.sum()), counts_T))
+        candidates = Candidates(rng.integers(0, vocab_size, counts_T.sum()), counts_T)
+        supports = (NoSupport(), TeacherTopK(5), candidates, HiddenStates())
         requests.append(
             request(
                 shared[index % 4] if index % 2 else alone,
                 rng.integers(0, vocab_size, length),
-                supports[index % 3],
+                supports[index // 2 % 4],
                 temperature=float(rng.choice([1.0, 0.4, 2.0])),
             )
         )
@@ -86,6 +90,7 @@ def plain_logprobs(model: Any, asked: ScoreRequest) -> np.ndarray[Any, Any]:
 def assert_close_to_plain(model: Any, asked: ScoreRequest, scores: Scores) -> None:
     expected_TV = plain_logprobs(model, asked)
     positions = np.arange(len(asked.completion_ids))
+    assert (scores.hidden_states_TH is not None) == isinstance(asked.support, HiddenStates)
 
     def close(actual: Any, expected: Any) -> None:
         np.testing.assert_allclose(actual, expected, atol=TOLERANCE_NATS, rtol=0)
@@ -101,6 +106,19 @@ def assert_close_to_plain(model: Any, asked: ScoreRequest, scores: Scores) -> No
         case _:
             assert scores.support_logprobs is None
             assert scores.support_ids_TK is None
+
+
+def through_head(head: HeadFile, hidden_TH: Any, *, temperature: float, dtype: torch.dtype = torch.float32) -> Any:
+    """[T, V] as a client computes it, from the file alone."""
+    with safe_open(head.path, "pt") as file:
+        tensors, transform = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    hidden_TH = torch.as_tensor(np.array(hidden_TH)).to(dtype)
+    logits_TV = torch.nn.functional.linear(hidden_TH, tensors["weight"], tensors.get("bias")).float()
+    logits_TV *= float(transform["logit_scale"])
+    if softcap := transform.get("softcap"):
+        logits_TV = float(softcap) * torch.tanh(logits_TV / float(softcap))
+    return (logits_TV / temperature).log_softmax(-1).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +189,15 @@ async def test_other_architectures_score_as_they_do_themselves(name: str, tmp_pa
     tiny_tokenizer().save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     requests = random_requests(np.random.default_rng(2), 24)
-    async with serving(tmp_path) as engine:
+    async with serving(tmp_path, allow_full_vocab=True) as engine:
         scores = await score_all(engine, requests)
         assert (engine.stats.context_tokens_reused > 0) == shares
-    for asked, answer in zip(requests, scores, strict=True):
-        assert_close_to_plain(model, asked, answer)
+        for asked, answer in zip(requests, scores, strict=True):
+            assert_close_to_plain(model, asked, answer)
+            if answer.hidden_states_TH is not None:
+                assert engine.info.head is not None
+                ours_TV = through_head(engine.info.head, answer.hidden_states_TH, temperature=asked.temperature)
+                np.testing.assert_allclose(ours_TV, plain_logprobs(model, asked), atol=TOLERANCE_NATS, rtol=0)
 
 
 async def test_ids_beyond_the_tokenizer_are_scored_when_the_head_is_padded(tmp_path: Path) -> None:
@@ -188,16 +210,37 @@ async def test_ids_beyond_the_tokenizer_are_scored_when_the_head_is_padded(tmp_p
         assert_close_to_plain(model, asked, await engine.score(asked))
 
 
-async def test_full_logprobs_equal_a_plain_forward_and_may_enter_a_loss(tiny_model_dir: Path, tiny_model: Any) -> None:
-    asked = request(np.arange(9), np.arange(20, 26), temperature=0.7)
-    async with serving(tiny_model_dir) as engine:
-        teacher_TV = await asyncio.to_thread(engine.full_logprobs, asked)
-        empty = await asyncio.to_thread(engine.full_logprobs, request(np.arange(9), np.arange(0)))
-    np.testing.assert_allclose(teacher_TV.numpy(), plain_logprobs(tiny_model, asked), atol=TOLERANCE_NATS)
-    assert empty.shape == (0, V)
-    student_TV = torch.zeros(6, V, requires_grad=True)
-    (student_TV * teacher_TV).sum().backward()  # an inference tensor could not be saved for this
-    torch.testing.assert_close(student_TV.grad, teacher_TV)
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+async def test_hidden_states_are_the_very_values_that_the_models_head_reads(
+    tiny_model_dir: Path, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Read alone, in one forward or two, there is nothing to round differently: bits, not tolerances."""
+    asked = request(np.arange(9), np.arange(20, 26), HiddenStates(), temperature=0.7)
+    seen: list[torch.Tensor] = []
+    async with serving(
+        tiny_model_dir, dtype=str(dtype).removeprefix("torch."), allow_full_vocab=True, **settings
+    ) as engine:
+        linear = engine._scoring_model.head.linear  # type: ignore[union-attr]
+        linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+        scores = await engine.score(asked)
+        assert engine.info.head is not None
+        ours_TV = through_head(engine.info.head, scores.hidden_states_TH, temperature=0.7, dtype=dtype)
+    assert scores.hidden_states_TH is not None
+    assert scores.hidden_states_TH.dtype == np.float32
+    np.testing.assert_array_equal(scores.hidden_states_TH, torch.cat(seen).float().numpy())
+    assert scores.hidden_states_TH.shape == (6, 32)
+    # The same product, of the same numbers in the same type; the log-softmax alone is written in another way.
+    sampled_T = ours_TV[np.arange(6), asked.completion_ids]
+    np.testing.assert_allclose(scores.sampled_logprobs_T, sampled_T, atol=1e-5, rtol=0)
+
+
+async def test_an_empty_completion_has_no_hidden_states(tiny_model_dir: Path) -> None:
+    async with serving(tiny_model_dir, allow_full_vocab=True) as engine:
+        scores = await engine.score(request(np.arange(3), np.arange(0), HiddenStates()))
+        assert engine.stats.forwards == 0
+    assert scores.hidden_states_TH is not None
+    assert scores.hidden_states_TH.shape == (0, 32)
 
 
 # ------------------------------------------------------------------ what it costs
@@ -314,13 +357,12 @@ async def test_nan_fails_its_own_request_and_no_other(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(broken).eval()
     torch.nn.init.constant_(model.get_input_embeddings().weight[200], torch.nan)
     model.save_pretrained(broken)
-    fine = [request(np.arange(3 + seed), np.arange(1, 6), TeacherTopK(2)) for seed in range(3)]
-    poisoned = request(np.arange(4), np.array([1, 2, 200, 3]))
+    fine = [request(np.arange(3 + seed), np.arange(1, 6), TeacherTopK(2)) for seed in range(2)]
+    fine.append(request(np.arange(5), np.arange(1, 6), HiddenStates()))
+    poisoned = request(np.arange(4), np.array([1, 2, 200, 3]), HiddenStates())
     on_shared_context = request(np.arange(5), np.array([200, 3]))  # shares the context of fine[2]
     async with serving(broken) as engine:
         results = await asyncio.gather(*map(engine.score, [*fine, poisoned, on_shared_context]), return_exceptions=True)
-        with pytest.raises(EngineError, match="NaN"):
-            await asyncio.to_thread(engine.full_logprobs, poisoned)
     for asked, answer in zip(fine, results[:3], strict=True):
         assert isinstance(answer, Scores)
         assert_close_to_plain(model, asked, answer)
@@ -341,8 +383,6 @@ async def test_an_exception_in_the_model_fails_its_batch_and_the_engine_serves_o
         assert isinstance(caught.value.__cause__, IndexError)
         for result in await asyncio.gather(*map(engine.score, group), return_exceptions=True):
             assert isinstance(result, EngineError)  # where the shared context fails, too
-        with pytest.raises(EngineError, match="IndexError"):
-            await asyncio.to_thread(engine.full_logprobs, impossible)
         assert_close_to_plain(tiny_model, asked, await engine.score(asked))
     assert "a batch failed" in caplog.text
 
@@ -433,6 +473,80 @@ async def test_info_says_what_is_served(tiny_model_dir: Path) -> None:
     assert info.supports == {"sampled", "teacher_top_k", "candidates"}
     assert info.any_temperature
     assert info.deterministic
+
+
+async def test_the_head_is_there_from_start_to_close_where_it_is_allowed(tiny_model_dir: Path) -> None:
+    async with serving(tiny_model_dir, allow_full_vocab=True) as engine:
+        info = engine.info
+        assert info.supports == {"sampled", "teacher_top_k", "candidates", "hidden_states"}
+        assert info.head is not None
+        data = info.head.path.read_bytes()
+        assert info.head.num_bytes == len(data) > V * 32 * 4
+        assert info.head.sha256 == hashlib.sha256(data).hexdigest()
+    assert not info.head.path.parent.exists()
+    async with serving(tiny_model_dir, allow_full_vocab=True) as again:
+        assert again.info.head is not None
+        assert again.info.head.sha256 == info.head.sha256
+        assert again.info.head.path != info.head.path
+    async with serving(tiny_model_dir) as closed:
+        assert closed.info.head is None
+        assert closed.info.supports == {"sampled", "teacher_top_k", "candidates"}
+
+
+@pytest.fixture
+def head_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[Path]]:
+    """Those that are there now, of the heads written in this test."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return lambda: list(place.glob("vopd-head-*"))
+
+
+async def test_a_start_that_fails_leaves_no_head_behind(
+    tiny_model_dir: Path, head_directories: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_arguments: Any, **_settings: Any) -> HeadFile:
+        assert len(head_directories()) == 1
+        raise ConfigError("no room")
+
+    monkeypatch.setattr("vopd_server.engines.transformers.write_head_file", write)
+    engine = TransformersEngine(model=str(tiny_model_dir), device="cpu", allow_full_vocab=True)
+    with pytest.raises(ConfigError, match="no room"):
+        await engine.start()
+    assert head_directories() == []
+    await engine.close()
+
+
+async def test_a_start_that_is_cancelled_leaves_no_head_behind_once_closed(
+    tiny_model_dir: Path, head_directories: Callable[[], list[Path]]
+) -> None:
+    engine = TransformersEngine(model=str(tiny_model_dir), device="cpu", allow_full_vocab=True)
+    starting = asyncio.create_task(engine.start())
+    while not head_directories():  # noqa: ASYNC110  # written by the engine's thread
+        await asyncio.sleep(0.001)
+    starting.cancel()
+    await asyncio.wait((starting,))
+    await engine.close()
+    assert head_directories() == []
+
+
+async def test_a_head_that_cannot_be_given_away_keeps_the_teacher_from_starting(
+    tiny_model_dir: Path, head_directories: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CompressedLinear(torch.nn.Linear):
+        """Computes as a linear layer does and is none."""
+
+    def load_compressed(*arguments: Any, **settings: Any) -> LoadedModel:
+        loaded = load_model(*arguments, **settings)
+        loaded.model.lm_head.__class__ = CompressedLinear
+        return loaded
+
+    monkeypatch.setattr("vopd_server.engines.transformers.load_model", load_compressed)
+    async with serving(tiny_model_dir) as engine:
+        await engine.score(request(np.arange(3), np.arange(4)))
+    with pytest.raises(ConfigError, match=r"the output head cannot be given away: it is a .*CompressedLinear"):
+        await TransformersEngine(model=str(tiny_model_dir), device="cpu", allow_full_vocab=True).start()
+    assert head_directories() == []
 
 
 async def test_the_tokenizer_is_described_with_every_end_id(tmp_path: Path) -> None:

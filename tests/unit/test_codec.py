@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fake_engine import FakeEngine, fake_scores
+from fake_engine import FAKE_HIDDEN_SIZE, FakeEngine, fake_scores
 from vopd_proto import teacher_pb2 as pb
-from vopd_proto.arrays import unpack_floats, unpack_uints
+from vopd_proto.arrays import pack_floats, unpack_floats, unpack_uints
 from vopd_server.answer_codec import (
     SEQUENCE_OVERHEAD_BYTES,
+    AnswerFormat,
     answer_bytes,
+    answer_format_of,
     check_answer_fits,
+    json_format,
     pack_chunks,
     pack_info,
     plan_chunks,
@@ -32,11 +38,22 @@ from vopd_server.codec import (
     unpack_request,
 )
 from vopd_server.errors import InvalidRequestError
-from vopd_server.types import Candidates, NoSupport, ScoreRequest, Support, TeacherTopK, empty_scores
+from vopd_server.types import (
+    Candidates,
+    HeadFile,
+    HiddenStates,
+    NoSupport,
+    ScoreRequest,
+    Scores,
+    Support,
+    TeacherTopK,
+    empty_scores,
+)
 from vopd_server.validation import Limits
 from wire_client import Question, ids, score_request, sequence_message, stream_sequence
 
 CONTEXTS = [[5, 6, 7], [300, 70_000]]
+FLOAT32 = AnswerFormat(pb.FLOAT32, pb.FLOAT32, FAKE_HIDDEN_SIZE)
 
 
 def array(*values: int) -> Any:
@@ -182,14 +199,14 @@ def test_chunks_cover_all_rows_in_order_within_their_size(row_bytes: list[int], 
 
 @pytest.mark.parametrize(
     "support",
-    [NoSupport(), TeacherTopK(7), Candidates(array(5, 5, 9, 1, 0, 2), array(2, 0, 1, 3, 0))],
-    ids=["sampled", "teacher_top_k", "candidates"],
+    [NoSupport(), TeacherTopK(7), Candidates(array(5, 5, 9, 1, 0, 2), array(2, 0, 1, 3, 0)), HiddenStates()],
+    ids=["sampled", "teacher_top_k", "candidates", "hidden_states"],
 )
 @pytest.mark.parametrize("max_bytes", [1, 12, 2**20])
 def test_chunks_put_together_are_the_answer(support: Support, max_bytes: int) -> None:
     request = ScoreRequest("r", array(1, 2), array(3, 4, 5, 6, 7), support)
     scores = fake_scores(request)
-    chunks = list(pack_chunks("name", request, scores, pb.FLOAT32, max_bytes=max_bytes))
+    chunks = list(pack_chunks("name", request, scores, FLOAT32, max_bytes=max_bytes))
     assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert [chunk.first_row for chunk in chunks] == np.cumsum([0] + [c.scores.num_rows for c in chunks])[:-1].tolist()
     assert (len(chunks) == 1) == (max_bytes == 2**20)
@@ -202,33 +219,88 @@ def test_chunks_put_together_are_the_answer(support: Support, max_bytes: int) ->
         found = np.concatenate([unpack_uints(chunk.scores.support_ids) for chunk in chunks])
         assert np.array_equal(found, scores.support_ids_TK.reshape(-1))
         assert {chunk.scores.k for chunk in chunks} == {7}
+    if scores.hidden_states_TH is not None:
+        hidden = np.concatenate([unpack_floats(chunk.scores.hidden_states) for chunk in chunks])
+        assert np.array_equal(hidden, scores.hidden_states_TH.reshape(-1))
+    assert {chunk.scores.HasField("hidden_states") for chunk in chunks} == {isinstance(support, HiddenStates)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "travels_as"),
+    [
+        ("bfloat16", pb.FLOAT32, pb.BFLOAT16),
+        ("bfloat16", pb.FLOAT16, pb.BFLOAT16),
+        ("float16", pb.BFLOAT16, pb.FLOAT16),
+        ("float32", pb.FLOAT_TYPE_UNSPECIFIED, pb.FLOAT32),
+        ("float32", pb.BFLOAT16, pb.BFLOAT16),
+    ],
+)
+def test_hidden_states_of_a_16_bit_model_keep_their_bits_whatever_is_asked_for(
+    dtype: str, asked: Any, travels_as: Any
+) -> None:
+    answer_format = answer_format_of(FakeEngine(dtype=dtype).info, asked)
+    own = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+    hidden_TH = torch.randn(2, FAKE_HIDDEN_SIZE, generator=torch.Generator().manual_seed(0)).to(own).float().numpy()
+    request = ScoreRequest("r", array(1), array(3, 4), HiddenStates())
+    scores = Scores(np.array([-1.2345678, -2], np.float32), hidden_states_TH=hidden_TH)
+    (chunk,) = pack_chunks("n", request, scores, answer_format)
+    assert chunk.scores.hidden_states == pack_floats(hidden_TH, travels_as)
+    assert chunk.scores.hidden_states.type == travels_as
+    assert chunk.scores.sampled_logprobs.type == (asked or pb.FLOAT32)
+    found_TH = unpack_floats(chunk.scores.hidden_states).reshape(hidden_TH.shape)
+    is_narrowed = dtype == "float32" and asked == pb.BFLOAT16
+    assert np.array_equal(found_TH, hidden_TH) != is_narrowed
+    assert len(chunk.scores.hidden_states.data) == 2 * answer_format.hidden_row_bytes
 
 
 @given(
-    st.integers(1, 30), st.one_of(st.none(), st.integers(1, 20)), st.sampled_from([pb.FLOAT32, pb.FLOAT16]), st.data()
+    st.integers(1, 30),
+    st.one_of(st.none(), st.just("hidden"), st.integers(1, 20)),
+    st.sampled_from([pb.FLOAT32, pb.FLOAT16]),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.data(),
 )
-def test_an_answer_is_never_larger_than_foreseen(num_rows: int, k: int | None, float_type: Any, data: Any) -> None:
+def test_an_answer_is_never_larger_than_foreseen(
+    num_rows: int, support: int | str | None, float_type: Any, dtype: str, data: Any
+) -> None:
+    k = support if isinstance(support, int) else None
     candidates = None
-    if k is None:
+    if support is None:
         candidates = data.draw(
             st.lists(st.lists(st.integers(0, 299), max_size=20), min_size=num_rows, max_size=num_rows)
         )
-    request = score_request([[1, 2]], [Question([7] * num_rows, k=k, candidates=candidates, name="\u20ac" * 256)])
+    name = "\u20ac" * 256
+    answer_format = answer_format_of(FakeEngine(dtype=dtype).info, float_type)
+    request = score_request(
+        [[1, 2]], [Question([7] * num_rows, k=k, candidates=candidates, hidden=support == "hidden", name=name)]
+    )
     (shape,) = shapes_of_request(request)
     (unpacked,) = unpack_request(request, "id")
-    chunks = list(pack_chunks("\u20ac" * 256, unpacked, fake_scores(unpacked), float_type))
-    foreseen = answer_bytes(shape, float_type)
+    chunks = list(pack_chunks(name, unpacked, fake_scores(unpacked), answer_format))
+    foreseen = answer_bytes(shape, answer_format)
     assert len(chunks) == 1
-    assert chunks[0].ByteSize() <= foreseen
-    check_answer_fits([shape], float_type, foreseen)
+    assert foreseen - SEQUENCE_OVERHEAD_BYTES <= chunks[0].ByteSize() <= foreseen or k is not None
+    check_answer_fits([shape], answer_format, foreseen)
     with pytest.raises(InvalidRequestError, match=f"up to {foreseen} bytes > max_message_bytes .*ScoreStream"):
-        check_answer_fits([shape], float_type, foreseen - 1)
+        check_answer_fits([shape], answer_format, foreseen - 1)
+
+
+def test_an_answer_in_json_is_bounded_as_if_its_numbers_were_float32() -> None:
+    info = FakeEngine(dtype="bfloat16").info
+    (shape,) = shapes_of_request(score_request([[1, 2]], [Question([7] * 5, hidden=True)]))
+    as_floats = answer_bytes(shape, json_format(info)) - SEQUENCE_OVERHEAD_BYTES
+    assert as_floats == 5 * 4 * (1 + FAKE_HIDDEN_SIZE)
 
 
 def test_an_empty_completion_is_answered_by_one_chunk_without_rows() -> None:
     request = ScoreRequest("r", array(1), array(), TeacherTopK(2))
-    (chunk,) = pack_chunks("e", request, empty_scores(request), pb.FLOAT32)
+    (chunk,) = pack_chunks("e", request, empty_scores(request, hidden_size=3), FLOAT32)
     assert (chunk.is_last, chunk.first_row, chunk.scores.num_rows) == (True, 0, 0)
+    assert not chunk.scores.HasField("hidden_states")
+    request = ScoreRequest("r", array(1), array(), HiddenStates())
+    (chunk,) = pack_chunks("e", request, empty_scores(request, hidden_size=3), FLOAT32)
+    assert (chunk.is_last, chunk.scores.num_rows) == (True, 0)
+    assert chunk.scores.HasField("hidden_states")
 
 
 def test_the_handshake_says_what_the_engine_and_the_limits_are() -> None:
@@ -240,7 +312,15 @@ def test_the_handshake_says_what_the_engine_and_the_limits_are() -> None:
     assert (info.limits.max_sequences_per_request, info.limits.max_tokens_per_request) == (5, 6000)
     assert info.supports.candidates
     assert not info.supports.hidden_states
+    assert info.head_sha256 == ""
     assert (info.tokenizer.begin_id, list(info.tokenizer.end_ids)) == (0, [1, 2])
     assert info.tokenizer.HasField("begin_id"), "id 0 is not the same as none"
     assert not info.tokenizer.HasField("pad_id")
     assert info.tokenizer.fingerprint == engine.tokenizer.fingerprint
+
+
+def test_the_handshake_tells_the_checksum_of_a_head_that_is_given_away() -> None:
+    engine = FakeEngine()
+    with_head = replace(engine.info, head=HeadFile(Path("nowhere"), "abc123", 7), supports=frozenset({"hidden_states"}))
+    info = pack_info(with_head, engine.tokenizer, Limits(1000, 5, 6000, 64, 2**20), "1.2.3")
+    assert (info.head_sha256, info.supports.hidden_states) == ("abc123", True)

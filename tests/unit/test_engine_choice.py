@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vopd_server.check import look_at_engine
 from vopd_server.config import ServerConfig, reasons_against_vllm
 from vopd_server.engine_choice import choose_engine, make_engine
 from vopd_server.engines.transformers import TransformersEngine
@@ -50,6 +51,7 @@ def config(**settings: Any) -> ServerConfig:
         (("vllm",), {"engine_args": {"seed": 1}}, "vllm"),
         (("vllm",), {"deterministic": True}, "transformers"),
         (("vllm",), {"device": "cpu"}, "transformers"),
+        (("vllm",), {"allow_full_vocab": True}, "transformers"),
         (("vllm",), {"engine": "transformers"}, "transformers"),
         ((), {"engine": "vllm"}, "vllm"),
     ],
@@ -100,8 +102,12 @@ def test_the_engine_that_is_chosen_is_made(installed: Install) -> None:
 
 def test_what_vllm_cannot_do_is_named() -> None:
     assert reasons_against_vllm(config()) == []
-    both = reasons_against_vllm(config(deterministic=True, device="cuda:1"))
-    assert both == ["cannot be deterministic", "chooses its devices itself: leave device cuda:1 out"]
+    every = reasons_against_vllm(config(deterministic=True, device="cuda:1", allow_full_vocab=True))
+    assert every == [
+        "cannot be deterministic",
+        "chooses its devices itself: leave device cuda:1 out",
+        "does not give hidden states away, as allow_full_vocab asks: transformers does",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,11 @@ def test_what_vllm_cannot_do_is_named() -> None:
     [
         ({"engine": "vllm", "deterministic": True}, "engine vllm cannot be deterministic"),
         ({"engine": "vllm", "device": "cpu"}, "engine vllm chooses its devices itself: leave device cpu out"),
+        (
+            {"engine": "vllm", "allow_full_vocab": True},
+            "engine vllm does not give hidden states away, as allow_full_vocab asks: transformers does",
+        ),
+        ({"allow_full_vocab": True, "engine_args": {"seed": 1}}, "engine_args are vLLM's, which does not give hidden"),
         (
             {"engine": "transformers", "engine_args": {"seed": 1}},
             "engine_args are vLLM's: engine transformers has none",
@@ -147,6 +158,35 @@ def test_engine_args_that_are_no_json_object_are_one_line(told: str, monkeypatch
     monkeypatch.setenv("VOPD_SERVER_ENGINE_ARGS", told)
     with pytest.raises(SettingsError, match=r"^VOPD_SERVER_ENGINE_ARGS: [^\n]*$"):
         loaded()
+
+
+def test_serving_hidden_states_with_vllm_is_one_line_and_exit_code_2(
+    installed: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed("vllm", "torch", "transformers")
+    assert main(["serve", "--model", "m", "--engine", "vllm", "--allow-full-vocab"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "engine vllm does not give hidden states away, as allow_full_vocab asks: transformers does" in line
+
+
+def test_full_vocabularies_are_allowed_to_the_engine_that_is_made(
+    installed: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed("vllm", "torch", "transformers")
+    given: list[bool] = []
+    monkeypatch.setattr(TransformersEngine, "__init__", lambda _, **options: given.append(options["allow_full_vocab"]))
+    make_engine(config(engine="transformers"))
+    make_engine(config(allow_full_vocab=True))
+    assert given == [False, True]
+
+
+def test_check_says_that_the_head_is_given_away(installed: Install) -> None:
+    installed("vllm", "torch", "transformers")
+    assert look_at_engine(config()) == [("engine", "vllm (chosen by auto)")]
+    assert look_at_engine(config(allow_full_vocab=True)) == [
+        ("engine", "transformers (chosen by auto)"),
+        ("gives away", "the model's output head, and hidden states"),
+    ]
 
 
 def test_serve_without_vllm_is_one_line_and_exit_code_2(installed: Install, capsys: pytest.CaptureFixture[str]) -> None:

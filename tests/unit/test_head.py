@@ -20,7 +20,7 @@ from vopd_server.engines.head import (
     split_answers,
 )
 from vopd_server.errors import ConfigError, EngineError
-from vopd_server.types import Candidates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
+from vopd_server.types import Candidates, HiddenStates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK
 
 V, H = 97, 16
 
@@ -56,14 +56,18 @@ def test_mixed_supports_and_temperatures_equal_log_softmax(linear: torch.nn.Line
         request(8, NoSupport(), temperature=2.5, seed=3),
         request(4, TeacherTopK(V), temperature=0.7, seed=4),
         request(3, Candidates(np.array([5, 5, 6]), np.array([0, 3, 0])), seed=5),  # with a duplicate
+        request(4, HiddenStates(), temperature=0.7, seed=6),
+        request(2, TeacherTopK(3), seed=7),
+        request(1, HiddenStates(), seed=8),
     ]
-    hidden_NH = torch.randn(21, H) * 3
+    hidden_NH = torch.randn(28, H) * 3
     results = scores_of(OutputHead(linear, V, H), hidden_NH, requests, chunk_rows)
     row = 0
     for asked, scores in zip(requests, results, strict=True):
         assert isinstance(scores, Scores)
         length = len(asked.completion_ids)
-        expected_TV = (linear(hidden_NH[row : row + length]) / asked.temperature).log_softmax(-1).numpy()
+        hidden_TH = hidden_NH[row : row + length]
+        expected_TV = (linear(hidden_TH) / asked.temperature).log_softmax(-1).numpy()
         row += length
         positions = np.arange(length)
         np.testing.assert_allclose(scores.sampled_logprobs_T, expected_TV[positions, asked.completion_ids], atol=1e-5)
@@ -79,6 +83,41 @@ def test_mixed_supports_and_temperatures_equal_log_softmax(linear: torch.nn.Line
                 )
             case _:
                 assert scores.support_logprobs is None
+        if isinstance(asked.support, HiddenStates):
+            np.testing.assert_array_equal(scores.hidden_states_TH, hidden_TH.numpy())
+        else:
+            assert scores.hidden_states_TH is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hidden_states_are_float32_copies_of_the_models_own_values(dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(H, V, dtype=dtype).requires_grad_(False)
+    hidden_NH = torch.randn(5, H, dtype=dtype)
+    requests = [request(2, NoSupport()), request(3, HiddenStates())]
+    _, scores = scores_of(OutputHead(linear, V, H), hidden_NH, requests, chunk_rows=2)
+    assert isinstance(scores, Scores)
+    assert scores.hidden_states_TH is not None
+    assert scores.hidden_states_TH.dtype == np.float32
+    as_it_was = torch.as_tensor(scores.hidden_states_TH.copy()).to(dtype)
+    hidden_3H = hidden_NH[2:].clone()
+    hidden_NH.zero_()  # what was answered is nobody else's memory
+    assert torch.equal(as_it_was, hidden_3H)
+    np.testing.assert_array_equal(scores.hidden_states_TH, hidden_3H.float().numpy())
+
+
+def test_a_hidden_state_that_is_not_finite_fails_its_request_where_a_soft_cap_hides_it(linear: torch.nn.Linear) -> None:
+    requests = [request(3, kind, seed=seed) for seed, kind in enumerate((HiddenStates(), HiddenStates(), NoSupport()))]
+    hidden_NH = torch.randn(9, H)
+    hidden_NH[[4, 8], 0] = torch.inf
+    head = OutputHead(linear, V, H, softcap=30.0)
+    first, second, third = scores_of(head, hidden_NH, requests, chunk_rows=2)
+    assert isinstance(first, Scores)
+    assert isinstance(second, EngineError)
+    assert str(second).startswith(
+        "the model gave hidden states that are not finite for 1 of 3 completion tokens, first"
+    )
+    assert str(second).endswith("at token 1")
+    assert isinstance(third, Scores), "its log-probabilities are finite, and it asked for nothing else"
 
 
 def test_full_logprobs_equal_log_softmax_whatever_the_chunk(linear: torch.nn.Linear) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 
-from fake_engine import FakeEngine
+from fake_engine import FAKE_HIDDEN_SIZE, FakeEngine, until
+from vopd_proto import teacher_pb2 as pb
+from vopd_server import calls
 from vopd_server.admission import Admission, TokenBudget
 from vopd_server.grpc_api import SERVICE, TeacherRpc
 from vopd_server.service import TeacherService
@@ -30,6 +35,13 @@ class Context:
     def __init__(self, time_remaining_s: float | None = None) -> None:
         self._time_remaining_s = time_remaining_s
         self.aborted: tuple[grpc.StatusCode, str] | None = None
+        self.written: list[pb.GetHeadResponse] = []
+        self.is_read = asyncio.Event()
+        self.is_read.set()
+
+    async def write(self, response: pb.GetHeadResponse) -> None:
+        await self.is_read.wait()
+        self.written.append(response)
 
     def time_remaining(self) -> float | None:
         return self._time_remaining_s
@@ -40,10 +52,10 @@ class Context:
         raise AbortedError
 
 
-async def rpc_around(engine: FakeEngine) -> tuple[TeacherRpc, TeacherService]:
+async def rpc_around(engine: FakeEngine, *, answer_timeout_s: float = 60) -> tuple[TeacherRpc, TeacherService]:
     service = TeacherService(engine, LIMITS, Admission(TokenBudget(100)))
     await service.start()
-    return TeacherRpc(service, answer_timeout_s=60), service
+    return TeacherRpc(service, answer_timeout_s=answer_timeout_s), service
 
 
 async def test_the_servers_own_clock_ends_a_call_at_its_deadline() -> None:
@@ -79,6 +91,101 @@ async def test_a_call_is_logged_with_its_id_and_size_and_without_its_tokens(capl
     assert (told["request_id"], told["code"], told["num_sequences"], told["num_tokens"]) == ("find-me", "OK", 1, 4)
     values = [value for record in caplog.records for value in vars(record).values()]
     assert not any("271" in str(value) for value in values if not isinstance(value, int | float))
+
+
+# ---------------------------------------------------------------- GetHead
+
+
+def logged(caplog: pytest.LogCaptureFixture, method: str) -> list[str]:
+    return [vars(record)["code"] for record in caplog.records if record.getMessage() == method]
+
+
+@pytest.fixture
+async def large_head() -> AsyncIterator[FakeEngine]:
+    """Two pieces of a MiB, and one that is smaller."""
+    engine = FakeEngine(vocab_size=2 * 2**20 // (4 * FAKE_HIDDEN_SIZE) + 1, gives_head=True)
+    yield engine
+    await engine.close()
+
+
+async def test_the_head_is_sent_in_pieces_of_a_megabyte_the_first_with_the_size(
+    large_head: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    rpc, service = await rpc_around(large_head)
+    context: Any = Context()
+    with caplog.at_level(logging.INFO, "vopd_server"):
+        await rpc.GetHead(b"", context)
+    head = large_head.info.head
+    assert head is not None
+    assert b"".join(piece.data for piece in context.written) == head.path.read_bytes()
+    assert [len(piece.data) for piece in context.written] == [2**20, 2**20, head.num_bytes - 2**21]
+    assert [piece.num_bytes for piece in context.written] == [head.num_bytes, 0, 0]
+    assert logged(caplog, "GetHead") == ["OK"]
+    counted = service.metrics.exposition()[0].decode()
+    assert 'vopd_calls_total{code="OK",method="GetHead",transport="grpc"} 1.0' in counted
+
+
+async def test_the_head_is_read_no_faster_than_it_is_taken_and_no_longer_than_it_is_wanted(
+    large_head: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_piece = calls._read_piece
+    monkeypatch.setattr(calls, "_read_piece", lambda *where: read.append(where[1]) or read_piece(*where))
+    rpc, service = await rpc_around(large_head)
+    context: Any = Context()
+    context.is_read.clear()
+    with caplog.at_level(logging.INFO, "vopd_server"):
+        sending = asyncio.create_task(rpc.GetHead(b"", context))
+        await until(lambda: read == [0])
+        await asyncio.sleep(0.02)
+        assert read == [0], "the next piece waits for the first to be taken"
+        assert not service.is_idle
+        service.drain()  # what has begun is finished, or cancelled by who asked
+        sending.cancel()
+        await asyncio.wait((sending,))
+    assert sending.cancelled()
+    assert service.is_idle
+    assert logged(caplog, "GetHead") == ["CANCELLED"]
+
+
+async def test_draining_waits_for_a_head_that_is_being_sent(large_head: FakeEngine) -> None:
+    rpc, service = await rpc_around(large_head)
+    context: Any = Context()
+    context.is_read.clear()
+    sending = asyncio.create_task(rpc.GetHead(b"", context))
+    await until(lambda: not service.is_idle)
+    service.drain()
+    late: Any = Context()
+    with pytest.raises(AbortedError):
+        await rpc.GetHead(b"", late)
+    assert late.aborted == (grpc.StatusCode.UNAVAILABLE, "the teacher is shutting down")
+    context.is_read.set()
+    await sending
+    assert len(context.written) == 3
+    assert service.is_idle
+
+
+async def test_a_client_that_takes_no_piece_of_the_head_is_given_up(large_head: FakeEngine) -> None:
+    rpc, service = await rpc_around(large_head, answer_timeout_s=0.02)
+    context: Any = Context()
+    context.is_read.clear()
+    with pytest.raises(AbortedError):
+        await rpc.GetHead(b"", context)
+    told = (grpc.StatusCode.DEADLINE_EXCEEDED, "an answer was left unread for 0.02 s (answer_timeout_s)")
+    assert context.aborted == told
+    assert service.is_idle
+
+
+async def test_a_file_of_the_head_that_is_cut_short_is_an_internal_error(large_head: FakeEngine) -> None:
+    rpc, _ = await rpc_around(large_head)
+    head = large_head.info.head
+    assert head is not None
+    os.truncate(head.path, 2**20 + 5)
+    context: Any = Context()
+    with pytest.raises(AbortedError):
+        await rpc.GetHead(b"", context)
+    assert context.aborted == (grpc.StatusCode.INTERNAL, f"the file of the output head ends at byte {2**20 + 5}")
+    assert len(context.written) == 1
 
 
 def test_every_method_of_the_contract_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,16 @@ import pytest
 from fake_engine import FakeEngine, fake_logprobs_TV, until
 from vopd_server.admission import Admission, TokenBudget
 from vopd_server.concurrency import deadline, task_group
-from vopd_server.errors import DeadlineError, EngineError, InvalidRequestError, OverloadedError, UnavailableError
+from vopd_server.errors import (
+    DeadlineError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from vopd_server.service import TeacherService
-from vopd_server.types import NoSupport, ScoreRequest, Scores
+from vopd_server.types import HiddenStates, NoSupport, ScoreRequest, Scores
 from vopd_server.validation import Limits, SequenceShape
 
 LIMITS = Limits(
@@ -112,6 +120,35 @@ async def test_an_incomplete_answer_of_the_engine_is_an_error() -> None:
     engine.answer(lambda _: Scores(np.zeros(1, np.float32)))
     with pytest.raises(EngineError, match=r"\(1,\) scores for 2 tokens"):
         await score(service, requests([5, 6]))
+
+
+async def test_hidden_states_of_another_size_than_the_models_are_an_error() -> None:
+    engine = FakeEngine(gives_head=True)
+    service = await started_service(engine)
+    asked = dataclasses.replace(requests([5, 6])[0], support=HiddenStates())
+    shape = SequenceShape("s", 2, 2, kind="hidden_states")
+    (answered,) = await service.score_batch([shape], lambda: [asked], temperature=1.0)
+    assert answered[1].hidden_states_TH is not None
+    too_narrow = dataclasses.replace(answered[1], hidden_states_TH=answered[1].hidden_states_TH[:, 1:])
+    engine.answer(lambda _: too_narrow)
+    with pytest.raises(EngineError, match=r"hidden states of shape \(2, 7\); \(2, 8\) was asked for"):
+        await service.score_batch([shape], lambda: [asked], temperature=1.0)
+    await service.close()
+
+
+async def test_the_head_is_the_engines_or_refused_by_naming_what_there_is() -> None:
+    engine = FakeEngine(gives_head=True)
+    service = await started_service(engine)
+    assert service.head_file is engine.info.head is not None
+    await service.close()
+    without = FakeEngine()
+    service = await started_service(without)
+    words = "does not give away the model's output head, since it has no hidden_states support; it has candidates, "
+    with pytest.raises(UnsupportedError, match=f"engine fake {words}sampled, teacher_top_k$"):
+        _ = service.head_file
+    without.info = dataclasses.replace(without.info, engine="transformers")
+    with pytest.raises(UnsupportedError, match=r"teacher_top_k; whoever starts it can allow .* --allow-full-vocab$"):
+        _ = service.head_file
 
 
 async def test_calls_are_refused_while_starting_and_while_draining() -> None:

@@ -10,7 +10,16 @@ import pytest
 
 from fake_engine import FakeEngine
 from vopd_server.errors import EngineError, InvalidRequestError, UnsupportedError
-from vopd_server.types import Candidates, NoSupport, ScoreRequest, Scores, Support, TeacherTopK, empty_scores
+from vopd_server.types import (
+    Candidates,
+    HiddenStates,
+    NoSupport,
+    ScoreRequest,
+    Scores,
+    Support,
+    TeacherTopK,
+    empty_scores,
+)
 from vopd_server.validation import (
     Limits,
     SequenceShape,
@@ -20,6 +29,7 @@ from vopd_server.validation import (
     check_temperature,
 )
 
+H = 6  # hidden size
 INFO = dataclasses.replace(FakeEngine(vocab_size=50).info, max_context_length=8192)
 LIMITS = Limits(
     max_context_length=8192,
@@ -108,6 +118,15 @@ def test_a_support_that_the_engine_lacks_is_refused_by_naming_those_it_has() -> 
         check_shapes([shape(kind="candidates")], info=info, limits=LIMITS)
 
 
+def test_where_hidden_states_could_be_had_the_refusal_says_how() -> None:
+    hidden = shape(kind="hidden_states")
+    with pytest.raises(UnsupportedError, match=r"no hidden_states support; it has candidates, sampled, teacher_top_k$"):
+        check_shapes([hidden], info=INFO, limits=LIMITS)
+    with pytest.raises(UnsupportedError, match=r"teacher_top_k; whoever starts it can allow .* --allow-full-vocab$"):
+        check_shapes([hidden], info=dataclasses.replace(INFO, engine="transformers"), limits=LIMITS)
+    check_shapes([hidden], info=dataclasses.replace(INFO, supports=frozenset({"hidden_states"})), limits=LIMITS)
+
+
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-5])
 def test_what_is_no_temperature_is_refused(temperature: float) -> None:
     with pytest.raises(InvalidRequestError, match="temperature"):
@@ -178,18 +197,28 @@ def floats(*shape_: int) -> Any:
         (TeacherTopK(4), Scores(floats(2), floats(2, 3), np.zeros((2, 3), np.int64))),
         (Candidates(array(1, 2, 3), array(1, 2)), Scores(floats(2), floats(2))),
         (Candidates(array(1), array(1, 0)), Scores(floats(2), np.array([np.nan], np.float32))),
+        (NoSupport(), Scores(floats(2), hidden_states_TH=floats(2, H))),
+        (HiddenStates(), Scores(floats(2))),
+        (HiddenStates(), Scores(floats(2), floats(2), hidden_states_TH=floats(2, H))),
+        (HiddenStates(), Scores(floats(2), hidden_states_TH=floats(1, H))),
+        (HiddenStates(), Scores(floats(2), hidden_states_TH=floats(2, H - 1))),
+        (HiddenStates(), Scores(np.array([0, np.nan], np.float32), hidden_states_TH=floats(2, H))),
+        (HiddenStates(), Scores(floats(2), hidden_states_TH=floats(2, H) + np.float32(np.nan))),
+        (HiddenStates(), Scores(floats(2), hidden_states_TH=floats(2, H) - np.float32(np.inf))),
     ],
 )
 def test_an_engines_answer_that_is_not_wholly_there_is_never_passed_on(support: Support, scores: Scores) -> None:
     with pytest.raises(EngineError):
-        check_scores(request(support=support), scores)
+        check_scores(request(support=support), scores, hidden_size=H)
 
 
-def test_minus_infinity_is_an_answer() -> None:
-    check_scores(request(), Scores(np.array([-np.inf, 0], np.float32)))
+def test_minus_infinity_is_an_answer_beside_hidden_states_too() -> None:
+    logprobs_T = np.array([-np.inf, 0], np.float32)
+    check_scores(request(), Scores(logprobs_T), hidden_size=H)
+    check_scores(request(support=HiddenStates()), Scores(logprobs_T, hidden_states_TH=floats(2, H) + 7), hidden_size=H)
 
 
-@pytest.mark.parametrize("support", [NoSupport(), TeacherTopK(4), Candidates(array(), array())])
+@pytest.mark.parametrize("support", [NoSupport(), TeacherTopK(4), Candidates(array(), array()), HiddenStates()])
 def test_the_answer_to_an_empty_completion_is_whole(support: Support) -> None:
     asked = request(completion_ids=array(), support=support)
-    check_scores(asked, empty_scores(asked))
+    check_scores(asked, empty_scores(asked, hidden_size=H), hidden_size=H)

@@ -17,7 +17,9 @@ class Engine(Protocol):
     """
 
     @property
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineInfo:
+        """Set once it has started; the file of `info.head` is there until it is closed."""
+        ...
 
     @property
     def tokenizer(self) -> TokenizerInfo: ...

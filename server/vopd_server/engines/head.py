@@ -3,7 +3,8 @@
 Axes: N rows (one a scored token), H hidden size, V vocabulary, M candidates over all rows, K top-k.
 
 The product with the output head runs in the model's dtype; everything after it in float32. Nothing here
-is larger than `rows_per_chunk` x V, whatever N is: log-softmax is never materialised, only its normaliser.
+is larger than `rows_per_chunk` x V, whatever N is: log-softmax is never materialised, only its normaliser, and
+hidden states that are asked for leave the device with their chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from vopd_proto.arrays import Float32Array, IntArray
 from vopd_server.errors import ConfigError, EngineError
-from vopd_server.types import Candidates, ScoreRequest, Scores, TeacherTopK
+from vopd_server.types import Candidates, HiddenStates, NoSupport, ScoreRequest, Scores, TeacherTopK
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -83,17 +84,22 @@ class RowQueries:
     candidate_ids_M: IntArray
     candidate_offsets: IntArray  # [N + 1]: row n's candidates are [offsets[n], offsets[n + 1])
     top_k_N: IntArray  # 0: none asked for
+    wants_hidden_N: BoolArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowAnswers:
-    """The log-probabilities of N rows, in nats. R: the rows with a top-k, K: the largest k."""
+    """The log-probabilities of N rows, in nats, and their hidden states.
+
+    R: the rows with a top-k, K: the largest k. S: the rows whose hidden states are asked for.
+    """
 
     sampled_N: Float32Array
     is_nan_N: BoolArray  # the model gave NaN in this row
     candidates_M: Float32Array
     top_logprobs_RK: Float32Array
     top_ids_RK: IntArray
+    hidden_SH: Float32Array  # the model's own values, whatever its dtype
 
 
 def row_queries(requests: Sequence[ScoreRequest]) -> RowQueries:
@@ -114,6 +120,7 @@ def row_queries(requests: Sequence[ScoreRequest]) -> RowQueries:
         candidate_ids_M=np.concatenate([np.empty(0, np.int64), *candidate_ids]),
         candidate_offsets=np.concatenate(([0], np.cumsum(np.concatenate(counts_N)))),
         top_k_N=np.repeat(np.array(top_k, np.int64), lengths),
+        wants_hidden_N=np.repeat([isinstance(support, HiddenStates) for support in supports], lengths),
     )
 
 
@@ -134,12 +141,14 @@ def score_rows(head: OutputHead, hidden_NH: torch.Tensor, queries: RowQueries, *
     candidate_ids_M = torch.as_tensor(queries.candidate_ids_M, device=device)
     row_of_candidate_M = torch.as_tensor(_row_of_candidate(queries.candidate_offsets), device=device)
     top_rows = torch.as_tensor(top_rows_R, device=device)
+    hidden_rows_S = np.flatnonzero(queries.wants_hidden_N)
 
     sampled_N = torch.empty(num_rows, device=device)
     is_nan_N = torch.empty(num_rows, dtype=torch.bool, device=device)
     candidates_M = torch.empty(len(queries.candidate_ids_M), device=device)
     top_logprobs_RK = torch.empty(len(top_rows_R), largest_k, device=device)
     top_ids_RK = torch.empty(len(top_rows_R), largest_k, dtype=torch.long, device=device)
+    hidden_SH = torch.empty(len(hidden_rows_S), head.hidden_size)  # in the host's memory
 
     for start in range(0, num_rows, chunk_rows):
         stop = min(start + chunk_rows, num_rows)
@@ -156,12 +165,17 @@ def score_rows(head: OutputHead, hidden_NH: torch.Tensor, queries: RowQueries, *
             top_values, top_ids = shifted_nV[rows].topk(largest_k, dim=-1)
             top_logprobs_RK[begin:end] = top_values - log_sum_n[rows, None]
             top_ids_RK[begin:end] = top_ids
+        begin, end = np.searchsorted(hidden_rows_S, (start, stop))
+        if end > begin:
+            rows = torch.as_tensor(hidden_rows_S[begin:end], device=device)
+            hidden_SH[begin:end] = hidden_NH[rows].cpu()  # every 16-bit float is a float32
     return RowAnswers(
         sampled_N.cpu().numpy(),
         is_nan_N.cpu().numpy(),
         candidates_M.cpu().numpy(),
         top_logprobs_RK.cpu().numpy(),
         top_ids_RK.cpu().numpy(),
+        hidden_SH.numpy(),
     )
 
 
@@ -192,14 +206,18 @@ def shifted_logits(
 
 
 def split_answers(requests: Sequence[ScoreRequest], answers: RowAnswers) -> list[Scores | EngineError]:
-    """One result a request, in order. A request with a NaN row gets an EngineError; the others their scores."""
+    """One result a request, in order.
+
+    A request with a NaN row, or with a hidden state that is not finite, gets an EngineError; the others their scores.
+    """
     results: list[Scores | EngineError] = []
-    row = candidate = top_row = 0
+    row = candidate = top_row = hidden_row = 0
     for request in requests:
         num_rows = len(request.completion_ids)
         rows = slice(row, row + num_rows)
         row += num_rows
-        support_logprobs, support_ids_TK = None, None
+        support_logprobs, support_ids_TK, hidden_TH = None, None, None
+        bad_rows, what = np.flatnonzero(answers.is_nan_N[rows]), "NaN"
         match request.support:
             case Candidates(ids=ids):
                 support_logprobs = answers.candidates_M[candidate : candidate + len(ids)]
@@ -208,18 +226,23 @@ def split_answers(requests: Sequence[ScoreRequest], answers: RowAnswers) -> list
                 support_logprobs = answers.top_logprobs_RK[top_row : top_row + num_rows, :k]
                 support_ids_TK = answers.top_ids_RK[top_row : top_row + num_rows, :k]
                 top_row += num_rows
-            case _:
+            case HiddenStates():
+                hidden_TH = answers.hidden_SH[hidden_row : hidden_row + num_rows]
+                hidden_row += num_rows
+                if not len(bad_rows):  # a soft cap makes finite logits of infinite hidden states
+                    bad_rows = np.flatnonzero(~np.isfinite(hidden_TH).all(axis=1))
+                    what = "hidden states that are not finite"
+            case NoSupport():
                 pass
-        if answers.is_nan_N[rows].any():
-            bad_rows = np.flatnonzero(answers.is_nan_N[rows])
+        if len(bad_rows):
             results.append(
                 EngineError(
-                    f"the model gave NaN for {len(bad_rows)} of {num_rows} completion tokens, "
+                    f"the model gave {what} for {len(bad_rows)} of {num_rows} completion tokens, "
                     f"first at token {bad_rows[0]}"
                 )
             )
         else:
-            results.append(Scores(answers.sampled_N[rows], support_logprobs, support_ids_TK))
+            results.append(Scores(answers.sampled_N[rows], support_logprobs, support_ids_TK, hidden_TH))
     return results
 
 

@@ -13,7 +13,6 @@ from vopd_server.engines.head import (
     ACCELERATOR_CHUNK_ELEMENTS,
     CPU_CHUNK_ELEMENTS,
     OutputHead,
-    full_logprobs,
     output_head,
     row_queries,
     rows_per_chunk,
@@ -50,7 +49,8 @@ class ScoringModel:
     ) -> tuple[list[Scores | EngineError], Forwarded]:
         """Scores requests with completions of at least one token, on their contexts' states where given.
 
-        The result holds an EngineError in the place of a request for which the model gave NaN.
+        The result holds an EngineError in the place of a request for which the model gave NaN, or
+        hidden states that are not finite.
         """
         with torch.inference_mode():
             hidden_NH, forwarded = (
@@ -60,19 +60,6 @@ class ScoringModel:
             )
             answers = score_rows(self.head, hidden_NH, row_queries(requests), chunk_rows=self.chunk_rows)
         return split_answers(requests, answers), forwarded
-
-    def full_logprobs(self, request: ScoreRequest, *, on_cache: bool) -> torch.Tensor:
-        """[T, V] float32, on the model's device. on_cache: in the two forwards of a shared context."""
-        # Not in inference mode: a loss may save the result for its backward pass.
-        with torch.no_grad():
-            if len(request.completion_ids) == 0:
-                return torch.empty(0, self.head.vocab_size, device=self.backbone.device)
-            if on_cache and self.can_share_contexts:
-                states, _ = self.backbone.read_contexts([request])
-                hidden_TH, _ = self.backbone.read_completions(states, [request])
-            else:
-                hidden_TH, _ = self.backbone.read_whole([request])
-            return full_logprobs(self.head, hidden_TH, temperature=request.temperature, chunk_rows=self.chunk_rows)
 
 
 def scoring_model(loaded: LoadedModel, *, chunk_elements: int | None = None) -> ScoringModel:

@@ -13,18 +13,29 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import torch
 import transformers
 
 from vopd_server.engines.batching import Shape, plan_next_pass
 from vopd_server.engines.forward import ContextStates, Forwarded, context_key
+from vopd_server.engines.head_file import head_directory, write_head_file
 from vopd_server.engines.loading import DtypeName, choose_device, load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
 from vopd_server.engines.warm_up import warm_up
-from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, TeacherError, UnavailableError
-from vopd_server.types import EngineInfo, ScoreRequest, Scores, TeacherTopK, TokenizerInfo, empty_scores
+from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.types import (
+    EngineInfo,
+    HeadFile,
+    ScoreRequest,
+    Scores,
+    SupportKind,
+    TeacherTopK,
+    TokenizerInfo,
+    empty_scores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +79,12 @@ class TransformersEngine:
         run, on the same machine and number of threads. Slower: nothing is batched but contexts stay shared.
     trust_remote_code: run model code that comes with the weights.
     chunk_elements: float32 logits that exist at once; None picks by device.
+    allow_full_vocab: give hidden states and the output head away. From `start` to `close` the head is a file in
+        a private temporary directory; see `head_file`.
 
-    All calls but `full_logprobs` belong to the event loop that called `start`. CPU threads are whatever torch
-    was told to use. `deterministic` sets no global switch of torch: on an accelerator it rests on kernels
-    that are deterministic for a fixed shape, as the matrix products and attention of dense models are.
+    All calls belong to the event loop that called `start`. CPU threads are whatever torch was told to use.
+    `deterministic` sets no global switch of torch: on an accelerator it rests on kernels that are deterministic
+    for a fixed shape, as the matrix products and attention of dense models are.
     """
 
     def __init__(
@@ -88,12 +101,13 @@ class TransformersEngine:
         deterministic: bool = False,
         trust_remote_code: bool = False,
         chunk_elements: int | None = None,
+        allow_full_vocab: bool = False,
     ) -> None:
         self._model_id = model
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
 
-        def load() -> ScoringModel:
+        def load() -> tuple[ScoringModel, HeadFile | None]:
             loaded = load_model(
                 model,
                 revision=revision,
@@ -103,6 +117,7 @@ class TransformersEngine:
                 trust_remote_code=trust_remote_code,
             )
             model_to_score = scoring_model(loaded, chunk_elements=chunk_elements)
+            head = self._write_head(model_to_score) if allow_full_vocab else None
             # A CPU's memory has swap behind it, and the largest forwards would take it minutes.
             if loaded.device.type != "cpu":
                 warm_up(
@@ -112,9 +127,10 @@ class TransformersEngine:
                     max_top_k=max_top_k,
                     deterministic=deterministic,
                 )
-            return model_to_score
+            return model_to_score, head
 
         self._load = load
+        self._head_directory: TemporaryDirectory[str] | None = None
         self._scoring_model: ScoringModel | None = None
         self._info: EngineInfo | None = None  # outlives the model, as the tokenizer does
         self._tokenizer: TokenizerInfo | None = None
@@ -143,15 +159,19 @@ class TransformersEngine:
     async def start(self) -> None:
         """Loads the model in the worker thread and compares it with itself; see `probe`, and on accelerators `warm_up`.
 
-        Raises: ConfigError when the model cannot be loaded, its own logits cannot be reproduced, or the largest
-            forward does not fit the device.
+        Raises: ConfigError when the model cannot be loaded, its own logits cannot be reproduced, its head cannot be
+            given away as asked, or the largest forward does not fit the device.
         """
         assert self._dispatcher is None, "started twice"
         try:
-            loaded = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
-        except TeacherError:
+            loaded, head = await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+        except Exception:  # cancelled, the thread goes on: `close` waits for it
             self._executor.shutdown(wait=False)
+            self._remove_head()
             raise
+        supports: set[SupportKind] = {"sampled", "teacher_top_k", "candidates"}
+        if head is not None:
+            supports.add("hidden_states")
         self._scoring_model, self._tokenizer = loaded, loaded.tokenizer
         self._info = EngineInfo(
             model_id=self._model_id,
@@ -162,9 +182,10 @@ class TransformersEngine:
             vocab_size=loaded.head.vocab_size,
             hidden_size=loaded.head.hidden_size,
             max_context_length=loaded.max_context_length,
-            supports=frozenset({"sampled", "teacher_top_k", "candidates"}),
+            supports=frozenset(supports),
             any_temperature=True,
             deterministic=self._deterministic,
+            head=head,
         )
         self._dispatcher = asyncio.create_task(self._dispatch(), name="vopd-engine-dispatcher")
         self._dispatcher.add_done_callback(self._fail_what_is_left)
@@ -172,14 +193,14 @@ class TransformersEngine:
     async def score(self, request: ScoreRequest) -> Scores:
         """Queues one request and waits for its scores; cancelling it takes it out of the queue.
 
-        Raises: EngineError when the model failed or gave NaN; UnavailableError before `start` and after
-            `close`; InvalidRequestError for a k beyond the vocabulary.
+        Raises: EngineError when the model failed, gave NaN, or hidden states that are not finite; UnavailableError
+            before `start` and after `close`; InvalidRequestError for a k beyond the vocabulary.
         """
         loaded = self._loaded()
         if isinstance(request.support, TeacherTopK) and request.support.k > loaded.head.vocab_size:
             raise InvalidRequestError("k", f"{request.support.k} > vocab_size {loaded.head.vocab_size}")
         if len(request.completion_ids) == 0:
-            return empty_scores(request)
+            return empty_scores(request, hidden_size=loaded.head.hidden_size)
         shape = Shape(context_key(request), len(request.context_ids), len(request.completion_ids))
         answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         queued = _Queued(self._num_arrived, request, shape, answer, time.perf_counter())
@@ -192,22 +213,6 @@ class TransformersEngine:
         finally:
             self._queue.pop(queued.number, None)
 
-    def full_logprobs(self, request: ScoreRequest) -> torch.Tensor:
-        """[T, V] float32 log-probabilities on the model's device, for a trainer in this process.
-
-        Blocks: call it from a thread that is not the event loop's. It waits for its turn with the model.
-
-        Raises: EngineError when the model failed or gave NaN; UnavailableError as `score`.
-        """
-        loaded = self._loaded()
-        running = self._executor.submit(loaded.full_logprobs, request, on_cache=self._deterministic)
-        if (error := running.exception()) is not None:
-            raise _engine_error(error) from error
-        logprobs_TV = running.result()
-        if logprobs_TV[:, 0].isnan().any():  # one NaN in a row is NaN in its normaliser
-            raise EngineError("the model gave NaN log-probabilities")
-        return logprobs_TV
-
     async def wait_until_dead(self) -> EngineDeadError:
         """Returns when the dispatcher has ended, which only a mistake in it can bring about before `close`."""
         assert self._dispatcher is not None, "not started"
@@ -216,13 +221,29 @@ class TransformersEngine:
         return EngineDeadError(f"the engine's dispatcher ended: {error!r}")
 
     async def close(self) -> None:
-        """Fails what is queued with UnavailableError, waits for the forward in flight, frees the model."""
+        """Fails what is queued with UnavailableError, waits for the forward in flight, frees the model.
+
+        The file of the head is gone then.
+        """
         self._is_closing = True
         self._has_work.set()
         if self._dispatcher is not None:
             await asyncio.wait((self._dispatcher,))
         await asyncio.to_thread(self._executor.shutdown)
+        self._remove_head()
         self._scoring_model = None
+
+    def _write_head(self, model: ScoringModel) -> HeadFile:
+        """In the worker thread. Raises: ConfigError."""
+        self._head_directory = head_directory()
+        head = write_head_file(model.head, Path(self._head_directory.name), model_dtype=model.dtype_name)
+        logger.info("the output head is given away", extra={"num_bytes": head.num_bytes, "sha256": head.sha256})
+        return head
+
+    def _remove_head(self) -> None:
+        if self._head_directory is not None:
+            self._head_directory.cleanup()
+            self._head_directory = None
 
     def _loaded(self) -> ScoringModel:
         if self._scoring_model is None or self._dispatcher is None:

@@ -232,7 +232,7 @@ class VllmEngine:
             raise InvalidRequestError("k", f"{request.support.k} > vocab_size {self.info.vocab_size}")
         backend = self._ready()
         if len(request.completion_ids) == 0:
-            return empty_scores(request)
+            return empty_scores(request, hidden_size=self.info.hidden_size)
         running = asyncio.create_task(self._score(backend, request))
         self._running.add(running)
         running.add_done_callback(self._running.discard)

@@ -3,7 +3,8 @@
 They are planned and run as the engine does it, so that a request which is admitted later finds room. Memory in
 use is a matter of tokens, of how they are spread over rows and of what is cached, so there is one pass for each:
 the longest sequence, a full batch read whole, and a full batch on shared contexts, all of them with the largest
-support at every position.
+support at every position. Hidden states need no pass of their own: they leave the device a chunk of rows at a time,
+and a chunk takes less than the exponentials of its logits, whose memory is free by then (H < V; see `head`).
 """
 
 from __future__ import annotations
