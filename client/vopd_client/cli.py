@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig
+from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig, VarianceConfig
 from vopd_client.errors import VopdError
 from vopd_settings import SettingsError, load_settings
 
@@ -45,6 +45,13 @@ def _eval(config: EvalConfig) -> int:
     return 0
 
 
+def _variance(config: VarianceConfig) -> int:
+    from vopd_client.variance_command import run_variance
+
+    run_variance(config)
+    return 0
+
+
 def _report(config: ReportConfig) -> int:
     from vopd_client.report import write_report
 
@@ -65,6 +72,9 @@ COMMANDS = {
     "train": Command(TrainConfig, _train, "Trains a student on its own completions, scored by the teacher."),
     "eval": Command(
         EvalConfig, _eval, "A model's greedy completions, or several samples of each prompt, against the answers."
+    ),
+    "variance": Command(
+        VarianceConfig, _variance, "How noisy every objective's gradient is for a pair of models, by support size."
     ),
     "report": Command(ReportConfig, _report, "Draws curves.png and report.html from a run's own metrics."),
 }

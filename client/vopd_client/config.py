@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
@@ -34,7 +34,14 @@ def _yes_or_no(value: object) -> object:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
+def _split_numbers(value: object) -> object:
+    """The same for numbers, of which there may be one alone."""
+    return _split_commas([value] if isinstance(value, int | float) else value)
+
+
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+Integers = Annotated[list[int], NoDecode, BeforeValidator(_split_numbers)]
+Shares = Annotated[list[float], NoDecode, BeforeValidator(_split_numbers)]
 MixedPrecision = Annotated[Literal["bf16", "no"], BeforeValidator(_yes_or_no)]
 YesNoAuto = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Temperature = Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]  # the teacher takes none below
@@ -311,6 +318,94 @@ class EvalConfig(PromptColumns):
                     f"{name} {value} has no effect on the one greedy completion of samples_per_prompt 1: "
                     "give samples_per_prompt 2 or more"
                 )
+        return self
+
+
+class VarianceConfig(TeacherConfig, PromptColumns):
+    """`vopd-client variance`."""
+
+    student: str = Field(description="Student model: a directory or a hub id.")
+    teacher_model: str | None = Field(
+        None, description="Instead of teacher-url: a directory or hub id of a teacher that runs in this process."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the student's model files.")
+    head_cache: Path | None = Field(
+        None,
+        description="Directory for output heads of teachers that give hidden states; default: vopd/heads in the user's "
+        "cache directory.",
+    )
+    prompts: str = Field(
+        description="Prompts that the student answers: a .jsonl or .parquet file, or a hub data set (name, name:split "
+        "or name:configuration:split)."
+    )
+    max_prompts: int = Field(
+        32, ge=1, description="Rows of them that are used, at most: the ones that training with this seed begins with."
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Tokens of a prompt, at most; a longer one is refused before anything is sampled."
+    )
+    rollouts_per_prompt: int = Field(1, ge=1, description="Completions sampled for each row.")
+    max_new_tokens: int = Field(64, ge=1, description="Tokens of a completion, at most.")
+    max_positions: int = Field(
+        256,
+        ge=1,
+        description="Positions measured, at most, drawn at random from those of all completions; each costs several "
+        "passes over both distributions.",
+    )
+    support_sizes: Integers = Field(
+        [1, 4, 16, 100],
+        min_length=1,
+        description="Support sizes compared (K), in ids a position; repeat, or separate by commas.",
+    )
+    support_masses: Shares = Field(
+        [1.0, 0.9999, 0.99, 0.9],
+        min_length=1,
+        description="Student probabilities at which an adaptive support of at most the largest K stops growing, "
+        "compared in the second table; repeat, or separate by commas.",
+    )
+    temperature: Temperature = Field(
+        1.0, description="Temperature of the sampling and of both models' log-probabilities."
+    )
+    end_token: Literal["map", "drop", "keep"] = Field(
+        "map",
+        description="When student and teacher end with different tokens: map the student's to the teacher's, leave its "
+        "row out, or keep it as it is.",
+    )
+    seed: int = Field(42, ge=0, description="The choice of rows and positions and every sampled token derive from it.")
+    rollout_batch_size: int = Field(16, ge=1, description="Completions sampled side by side.")
+    microbatch_tokens: int = Field(
+        4096, ge=1, description="Tokens, padding included, of one forward pass, at most (one sequence always fits)."
+    )
+    mixed_precision: MixedPrecision = Field("no", description="Autocast over fp32 weights of the student.")
+    device: str | None = Field(None, description="Device: cpu, cuda, mps; default: the best there is.")
+    json_file: Path | None = Field(None, description="File to write the tables to as JSON.")
+    plot_file: Path | None = Field(None, description="File to draw the first table to; .png, .svg or .pdf.")
+
+    @field_validator("support_sizes")
+    @classmethod
+    def _positive_sizes(cls, sizes: list[int]) -> list[int]:
+        if min(sizes) < 1:
+            raise ValueError("a support has at least 1 id")
+        return sorted(set(sizes))
+
+    @field_validator("support_masses")
+    @classmethod
+    def _probabilities(cls, masses: list[float]) -> list[float]:
+        if not all(0 < mass <= 1 for mass in masses):
+            raise ValueError("a student probability lies in (0, 1]")
+        return sorted(set(masses), reverse=True)
+
+    @field_validator("plot_file")
+    @classmethod
+    def _known_picture(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() not in {".png", ".svg", ".pdf"}:
+            raise ValueError("a picture's name ends with .png, .svg or .pdf")
+        return path
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> VarianceConfig:
+        if bool(self.teacher_url) == bool(self.teacher_model):
+            raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
         return self
 
 

@@ -87,8 +87,8 @@ def load_rows(config: TrainConfig) -> PromptRows:
     return PromptRows(load(config.prompts), load(config.eval_prompts) if config.eval_prompts else [])
 
 
-def connect_teacher(config: TrainConfig, device: str) -> ConnectedTeacher:
-    """The teacher behind the addresses, or the one that is loaded into this process, on `device`."""
+def connect_teacher(config: TrainConfig, device: str | None) -> ConnectedTeacher:
+    """The teacher behind the addresses, or the one that is loaded into this process, on `device` (None: the best)."""
     if config.teacher_model is not None:
         from vopd_client.local_teacher import LocalTeacher  # brings the engine, which a remote teacher does not need
 
@@ -141,27 +141,20 @@ def prepare_run(
     request, evaluation_request = plan_requests(config, student, teacher, [*prompts, *eval_prompts], tell)
 
     module = student.module
-    module.temperature = config.temperature
-    module.num_shared_ids = num_shared_ids(
-        student_vocab_size=student.vocab_size,
-        teacher_vocab_size=teacher.info.vocab_size,
-        num_ids=len(token_table(student.tokenizer)),
+    fit_to_teacher(
+        student,
+        teacher,
+        config,
+        request,
+        needs_head="vocabulary" in (request.support, evaluation_request.support),
+        tell=tell,
     )
-    module.dropped_ids = tuple(sorted(request.drop_end_ids))
     if shaping.importance_cap is not None and module.dropped_ids:
         raise ConfigError(
             "importance_cap does not go with end_token drop: completions were sampled with the end token, and the "
             "probabilities that the loss sees are those without it"
         )
     module.reward_floor = shaping.reward_floor
-    if "vocabulary" in (request.support, evaluation_request.support):
-        tell("fetching the teacher's output head, unless it is in the cache")
-        module.teacher_head = TeacherHead.load(
-            teacher.head_file(config.head_cache),
-            temperature=config.temperature,
-            device=accelerator.device,
-            vocab_size=teacher.info.vocab_size,
-        ).with_exchanged_ids(request.swap.pair)
     check_room(config, directory, module)
     for line in (*introduce(config, student, teacher, prompts, eval_prompts, request), *bias_warnings(config)):
         tell(line)
@@ -196,6 +189,39 @@ def prepare_run(
         identity=identity,
         state=state,
     )
+
+
+def fit_to_teacher(
+    student: LoadedStudent,
+    teacher: ConnectedTeacher,
+    config: TrainConfig,
+    request: Request,
+    *,
+    needs_head: bool,
+    tell: Tell,
+) -> None:
+    """From here on the student's module gives probabilities of what the teacher scores: of the ids that both have.
+
+    needs_head: something is going to compare the two over the whole vocabulary.
+
+    Raises: HandshakeError for a head that is none, and what fetching it raises.
+    """
+    module = student.module
+    module.temperature = config.temperature
+    module.num_shared_ids = num_shared_ids(
+        student_vocab_size=student.vocab_size,
+        teacher_vocab_size=teacher.info.vocab_size,
+        num_ids=len(token_table(student.tokenizer)),
+    )
+    module.dropped_ids = tuple(sorted(request.drop_end_ids))
+    if needs_head:
+        tell("fetching the teacher's output head, unless it is in the cache")
+        module.teacher_head = TeacherHead.load(
+            teacher.head_file(config.head_cache),
+            temperature=config.temperature,
+            device=next(module.parameters()).device,
+            vocab_size=teacher.info.vocab_size,
+        ).with_exchanged_ids(request.swap.pair)
 
 
 def check_objective(config: TrainConfig) -> Shaping:

@@ -61,12 +61,12 @@ class TeacherHead:
         bias_V = None if self.bias_V is None else self.bias_V[order_V]
         return replace(self, weight_VH=self.weight_VH[order_V], bias_V=bias_V)
 
-    def logprobs(self, hidden_NH: Tensor, *, num_ids: int) -> Tensor:
-        """log q of the first `num_ids` ids, [N, num_ids] float32, over the teacher's whole vocabulary.
+    def logprobs(self, hidden_NH: Tensor, *, num_ids: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """log q of the first `num_ids` ids, [N, num_ids], over the teacher's whole vocabulary.
 
         The product runs in the head's own dtype, as the teacher's does, so a bfloat16 teacher gives what it gives
-        when it scores sampled tokens itself.
+        when it scores sampled tokens itself; the softmax in `dtype`.
         """
-        logits_NV = self.logits.of(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
+        logits_NV = self.logits.of(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V).to(dtype)
         log_z_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
         return logits_NV[:, :num_ids].sub_(log_z_N1)

@@ -146,7 +146,7 @@ class _WholeVocabulary(torch.autograd.Function):
                 kept_nV = logits_nV.clone() if want_kl_gradient and logits.softcap is not None else logits_nV
                 student_nV = logits_nV.sub_(log_z_N[rows, None])
                 sampled_N[rows] = student_nV.gather(-1, sampled_ids_N[rows, None])[:, 0]
-                teacher_nV = teacher.logprobs(teacher_hidden_NH[rows], num_ids=logits.num_ids).to(student_nV.dtype)
+                teacher_nV = teacher.logprobs(teacher_hidden_NH[rows], num_ids=logits.num_ids, dtype=student_nV.dtype)
                 reward_nV = reward_(teacher_nV, student_nV, logits.dropped_ids)
                 pi_nV = student_nV.exp_()
                 chunk_moments, pi_r_nV = moments_of_rewards(pi_nV, reward_nV, reward_floor)

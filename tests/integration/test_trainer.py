@@ -52,6 +52,8 @@ def _fresh_process_state() -> Iterator[None]:
     """A run sets process-wide state; each test starts without another's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)

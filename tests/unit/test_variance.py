@@ -11,9 +11,7 @@ from vopd_client.errors import NonFiniteError
 from vopd_client.variance import (
     Distributions,
     estimator_variances,
-    membership,
-    rao_blackwellised_best_baseline,
-    rao_blackwellised_variance,
+    moments_outside,
     sampled_variance,
     squared_gradient_norm,
 )
@@ -83,13 +81,13 @@ def test_no_scalar_baseline_beats_the_best_one_of_rb():
         for support_size in range(NUM_IDS - 1):
             state = random_state(seed, support_size, num_ids=NUM_IDS)
             distributions = distributions_of(state)
-            inside_NV = torch.zeros(1, NUM_IDS, dtype=torch.bool)
-            inside_NV[0, list(state.support_ids)] = True
-            best_N = rao_blackwellised_best_baseline(distributions, inside_NV)
-            least = float(rao_blackwellised_variance(distributions, inside_NV, best_N))
+            ids_NK = torch.tensor(state.support_ids).long()[None]
+            outside = moments_outside(distributions, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
+            best_N = outside.best_baseline()
+            least = float(outside.variance(best_N))
             assert float(closed_forms(state)["vopd-rb best"]) == pytest.approx(least, rel=1e-12)
             for step in (-1e-3, 1e-3, -1.0, 1.0):
-                assert float(rao_blackwellised_variance(distributions, inside_NV, best_N + step)) > least
+                assert float(outside.variance(best_N + step)) > least
 
 
 def test_rb_over_the_whole_vocabulary_has_no_variance_at_all():
@@ -118,10 +116,16 @@ def test_the_signal_is_the_squared_norm_of_the_exact_gradient():
     torch.testing.assert_close(squared_gradient_norm(distributions_of(state))[0], expected)
 
 
-def test_pad_columns_are_not_members_of_a_support():
-    ids_NK, mask_NK = torch.tensor([[2, 0, 0], [0, 1, 3]]), torch.tensor([[True, False, False], [True, True, False]])
-    expected_NV = torch.tensor([[False, False, True, False], [True, True, False, False]])
-    assert torch.equal(membership(ids_NK, mask_NK, num_ids=4), expected_NV)
+def test_pad_columns_belong_to_no_support():
+    """They hold id 0 and ids that are in the support or not, and make no difference."""
+    state = random_state(0, 0)
+    student_NV = state.student_logits_V.log_softmax(-1).expand(3, NUM_IDS)
+    teacher_NV = state.teacher_logprobs_V.expand(3, NUM_IDS)
+    padded = torch.tensor([[2, 5, 0, 0], [5, 2, 2, 5], [2, 5, 3, 1]]), torch.tensor([[True, True, False, False]] * 3)
+    plain = torch.tensor([[2, 5]] * 3), torch.ones(3, 2, dtype=torch.bool)
+    expected = estimator_variances(student_NV, teacher_NV, *plain)
+    for name, value_N in estimator_variances(student_NV, teacher_NV, *padded).items():
+        torch.testing.assert_close(value_N, expected[name])
 
 
 def test_an_id_that_the_teacher_lacks_is_named():
@@ -146,4 +150,4 @@ def test_no_array_grows_beyond_positions_times_vocabulary():
     ids_NK = student_NV.topk(8).indices
     with Recorder():
         estimator_variances(student_NV, teacher_NV, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
-    assert max(sizes) == 5 * (64 + 1)
+    assert max(sizes) == 5 * 64
