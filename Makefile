@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model demo test test-vllm bench lint format proto clean
+.PHONY: help install model demo test test-vllm bench bench-objectives bench-memory lint format proto clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 install: $(INSTALLED) ## Everything in .venv
 
@@ -43,6 +43,14 @@ test-vllm: install model ## The vLLM engine, and what every teacher must pass, w
 
 bench: install model ## Scored tokens a second and bytes a token, over the network
 	$(BIN)/python bench/scoring.py --model $(MODEL) --json bench/results/scoring.json
+
+# Teacher and student take turns on the cores: a waiting thread must not spin on one.
+bench-objectives: install model ## Objectives side by side, two tasks, five seeds; hours, goes on where it was
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/objectives.py --model $(MODEL)
+	$(BIN)/python bench/objectives_report.py bench/results/objectives.json --images docs/images
+
+bench-memory: install ## Memory, time and gradients of every loss against the plain log_softmax
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/memory.py --json bench/results/memory.json
 
 lint: install ## Format, lint, types: what CI checks
 	$(BIN)/ruff format --check .

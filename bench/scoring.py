@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from machine import machine_facts, teacher_process
 from vopd_client.teacher import RemoteTeacher
 from vopd_client.types import Candidates, SequenceToScore
 
@@ -69,26 +65,6 @@ def measure(teacher: RemoteTeacher, workload: Workload, rng: np.random.Generator
     }
 
 
-def start_teacher(model: str, dtype: str, log_path: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A `vopd-server` on a free port of its own; its address once it is ready."""
-    command = [sys.executable, "-m", "vopd_server.main", "serve", "--model", model, "--dtype", dtype]
-    command += ["--port", "0", "--http-port", "None", "--admin-port", "None"]
-    with log_path.open("wb") as log_file:
-        process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
-    while not (ready := re.search(r"ready at (grpc://\S+?:\d+): ", log_path.read_text())):
-        if process.poll() is not None:
-            sys.exit(f"the teacher did not start:\n{log_path.read_text()}")
-        time.sleep(0.1)
-    return process, ready[1]
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -108,8 +84,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     runs: dict[str, list[dict[str, float]]] = {workload.name: [] for workload in workloads}
     with tempfile.TemporaryDirectory() as scratch:
-        process, url = start_teacher(arguments.model, arguments.dtype, Path(scratch) / "teacher.log")
-        try:
+        log_path = Path(scratch) / "teacher.log"
+        with teacher_process(arguments.model, log_path, dtype=arguments.dtype) as url:
             teacher = RemoteTeacher.connect(url, float_type="float16")
             info = teacher.info
             for repetition in range(arguments.repetitions + 1):  # the first is a warm-up
@@ -118,9 +94,6 @@ def main() -> None:
                     if repetition:
                         runs[workload.name].append(result)
             teacher.close()
-        finally:
-            process.terminate()
-            process.wait()
 
     rows: list[dict[str, Any]] = []
     for name, results in runs.items():
@@ -132,9 +105,8 @@ def main() -> None:
     )
     show(rows, ratio)
     if arguments.json:
-        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         content = {
-            "machine": machine,
+            "machine": machine_facts(),
             "teacher": f"{info.model_id}, {info.dtype}, {info.engine} {info.engine_version}",
             "repetitions": arguments.repetitions,
             "rows": rows,
