@@ -39,20 +39,23 @@ class Logits:
     softcap: float | None = None
     dropped_ids: tuple[int, ...] = ()
 
-    def of(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-        """[N, num_ids] float32, or float64 where the product is; freshly allocated. -inf at dropped ids."""
+    def of(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """[N, num_ids] float32, or float64 where the product is; -inf at dropped ids. Without a gradient.
+
+        out: [at least N, num_ids], of the result's dtype, for the result: fresh memory costs a page fault every 4 kB.
+        """
         if self.num_ids > len(weight_VH):
             raise ValueError(f"num_ids {self.num_ids} > {len(weight_VH)} rows of the head")
-        bias_V = None if bias_V is None else bias_V[: self.num_ids]
-        product_NV = torch.nn.functional.linear(hidden_NH, weight_VH[: self.num_ids], bias_V)
-        logits_NV = product_NV if product_NV.dtype == torch.float64 else product_NV.float()
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        if self.dropped_ids:
-            logits_NV = logits_NV.index_fill(-1, torch.tensor(self.dropped_ids, device=logits_NV.device), -torch.inf)
-        return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
+        with torch.no_grad():
+            weight_VH, bias_V = weight_VH[: self.num_ids], None if bias_V is None else bias_V[: self.num_ids]
+            logits_NV = _product(hidden_NH, weight_VH, bias_V, out)
+            if self.scale != 1.0:
+                logits_NV.mul_(self.scale)
+            if self.softcap is not None:
+                logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.dropped_ids:
+                logits_NV.index_fill_(-1, torch.tensor(self.dropped_ids, device=logits_NV.device), -torch.inf)
+            return logits_NV if self.temperature == 1.0 else logits_NV.div_(self.temperature)
 
     def backward_(self, grad_NV: Tensor, logits_NV: Tensor) -> Tensor:
         """The gradient of the product from that of the logits, in the place of `grad_NV`; 0 at dropped ids."""
@@ -63,6 +66,17 @@ class Logits:
                 capped_NV.index_fill_(-1, torch.tensor(self.dropped_ids, device=capped_NV.device), 0.0)
             grad_NV.mul_(1 - capped_NV.square_())
         return grad_NV if factor == 1.0 else grad_NV.mul_(factor)
+
+
+def _product(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias in the weight's dtype, then float32 or float64."""
+    if out is None or out.dtype != weight_VH.dtype:
+        product_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
+        if out is not None:
+            return out[: len(product_NV)].copy_(product_NV)
+        return product_NV if product_NV.dtype == torch.float64 else product_NV.float()
+    product_NV = torch.mm(hidden_NH, weight_VH.T, out=out[: len(hidden_NH)])
+    return product_NV if bias_V is None else product_NV.add_(bias_V)
 
 
 class LinearLogprobs(NamedTuple):
@@ -122,12 +136,15 @@ class _LinearLogprobs(torch.autograd.Function):
         sum_pi_squared_N = torch.zeros(len(hidden_NH), dtype=dtype, device=hidden_NH.device)
         log_z_N = torch.zeros_like(sum_pi_squared_N)
         with torch.autocast(hidden_NH.device.type, enabled=False):
+            buffer_nV = chunk_buffer(len(hidden_NH), logits.num_ids, chunk_elements, log_z_N)
             for rows in chunks(len(hidden_NH), logits.num_ids, chunk_elements):
-                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V)
-                log_z_N[rows] = torch.logsumexp(logits_nV, dim=-1)
-                gathered_nK = gather_masked(logits_nV, ids_NK[rows], mask_NK[rows]) - log_z_N[rows, None]
-                logprobs_NK[rows] = torch.where(mask_NK[rows], gathered_nK, 0.0)
-                sum_pi_squared_N[rows] = logits_nV.sub_(log_z_N[rows, None]).mul_(2).exp_().sum(-1)
+                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V, out=buffer_nV)
+                gathered_nK = gather_masked(logits_nV, ids_NK[rows], mask_NK[rows])
+                largest_n1 = logits_nV.amax(-1, keepdim=True)
+                total_n = logits_nV.sub_(largest_n1).exp_().sum(-1)
+                log_z_N[rows] = largest_n1[:, 0] + total_n.log()
+                sum_pi_squared_N[rows] = inner(logits_nV, logits_nV) / total_n.square()
+                logprobs_NK[rows] = torch.where(mask_NK[rows], gathered_nK - log_z_N[rows, None], 0.0)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, ids_NK, mask_NK, log_z_N)
         ctx.logits, ctx.chunk_elements, ctx.product_dtype = logits, chunk_elements, head.weight_VH.dtype
         ctx.mark_non_differentiable(sum_pi_squared_N)
@@ -159,8 +176,9 @@ def add_gradients_of_logprobs(
     grad_NK = torch.where(mask_NK, grad_NK, 0.0)
     safe_ids_NK = torch.where(mask_NK, ids_NK, 0)
     with torch.autocast(log_z_N.device.type, enabled=False):
+        buffer_nV = chunk_buffer(len(log_z_N), logits.num_ids, chunk_elements, log_z_N)
         for rows in chunks(len(log_z_N), logits.num_ids, chunk_elements):
-            logits_nV = logits.of(head.cast(gradients.input_NH[rows]), head.weight_VH, head.bias_V)
+            logits_nV = logits.of(head.cast(gradients.input_NH[rows]), head.weight_VH, head.bias_V, out=buffer_nV)
             kept_nV = logits_nV if logits.softcap is None else logits_nV.clone()
             # d log pi(v) / d logits = e_v - pi, summed over the columns that were asked for.
             grad_nV = logits_nV.sub_(log_z_N[rows, None]).exp_().mul_(-grad_NK[rows].sum(-1, keepdim=True))
@@ -240,8 +258,18 @@ def chunks(num_rows: int, num_ids: int, chunk_elements: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
+def chunk_buffer(num_rows: int, num_ids: int, chunk_elements: int, like: Tensor) -> Tensor:
+    """Memory for one chunk's logits after the other, of the dtype and on the device of `like`."""
+    return like.new_empty(min(num_rows, max(1, chunk_elements // num_ids)), num_ids)
+
+
+def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
+    """[n] inner products of rows, without an array of their size."""
+    return torch.bmm(left_nV[:, None, :], right_nV[:, :, None])[:, 0, 0]
+
+
 def full_logprobs(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logits: Logits) -> Tensor:
-    """log pi of every id that takes part, [N, num_ids], with a gradient; for few rows: nothing here is chunked."""
+    """log pi of every id that takes part, [N, num_ids], without a gradient; for few rows: nothing here is chunked."""
     return torch.log_softmax(logits.of(hidden_NH, weight_VH, bias_V), dim=-1)
 
 

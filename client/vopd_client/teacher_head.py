@@ -67,6 +67,10 @@ class TeacherHead:
         The product runs in the head's own dtype, as the teacher's does, so a bfloat16 teacher gives what it gives
         when it scores sampled tokens itself; the softmax in `dtype`.
         """
-        logits_NV = self.logits.of(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V).to(dtype)
+        logits_NV = self.logits_of(hidden_NH).to(dtype)
         log_z_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
         return logits_NV[:, :num_ids].sub_(log_z_N1)
+
+    def logits_of(self, hidden_NH: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[N, V] float32: log q of every id, but for a constant a row. out: as in `Logits.of`."""
+        return self.logits.of(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V, out=out)

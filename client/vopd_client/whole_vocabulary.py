@@ -21,7 +21,9 @@ from vopd_client.linear_logprobs import (
     HeadInDtype,
     Logits,
     add_gradients_of_logprobs,
+    chunk_buffer,
     chunks,
+    inner,
 )
 from vopd_client.teacher_head import TeacherHead
 
@@ -140,23 +142,26 @@ class _WholeVocabulary(torch.autograd.Function):
         sampled_N = torch.zeros_like(log_z_N)
         moments = RewardMoments(*(torch.zeros_like(log_z_N) for _ in RewardMoments._fields))
         with torch.autocast(hidden_NH.device.type, enabled=False):
+            buffer_nV = chunk_buffer(len(hidden_NH), logits.num_ids, chunk_elements, log_z_N)
+            teacher_buffer_nV = log_z_N.new_empty(len(buffer_nV), teacher.logits.num_ids)
             for rows in chunks(len(hidden_NH), logits.num_ids, chunk_elements):
-                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V)
+                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V, out=buffer_nV)
+                kept_nV = logits_nV.clone() if gradients is not None and logits.softcap is not None else logits_nV
+                teacher_nV = teacher.logits_of(teacher_hidden_NH[rows], out=teacher_buffer_nV)
+                sampled_N[rows] = logits_nV.gather(-1, sampled_ids_N[rows, None])[:, 0]
                 log_z_N[rows] = torch.logsumexp(logits_nV, dim=-1)
-                kept_nV = logits_nV.clone() if want_kl_gradient and logits.softcap is not None else logits_nV
                 student_nV = logits_nV.sub_(log_z_N[rows, None])
-                sampled_N[rows] = student_nV.gather(-1, sampled_ids_N[rows, None])[:, 0]
-                teacher_nV = teacher.logprobs(teacher_hidden_NH[rows], num_ids=logits.num_ids, dtype=student_nV.dtype)
-                reward_nV = reward_(teacher_nV, student_nV, logits.dropped_ids)
+                teacher_nV.sub_(torch.logsumexp(teacher_nV, dim=-1, keepdim=True))
+                reward_nV = reward_(teacher_nV[:, : logits.num_ids], student_nV, logits.dropped_ids)
                 pi_nV = student_nV.exp_()
                 chunk_moments, pi_r_nV = moments_of_rewards(pi_nV, reward_nV, reward_floor)
                 for whole_N, chunk_n in zip(moments, chunk_moments, strict=True):
                     whole_N[rows] = chunk_n
                 if gradients is not None:
                     # d KL / d logits = -pi (r + KL)
-                    kl_n1 = chunk_moments.reverse_kl[:, None]
-                    grad_nV = pi_r_nV.addcmul_(pi_nV, kl_n1).neg_()
+                    grad_nV = pi_nV.mul_(chunk_moments.reverse_kl[:, None]).add_(pi_r_nV).neg_()
                     gradients.add_rows(rows, logits.backward_(grad_nV, kept_nV), head)
+        sampled_N.sub_(log_z_N)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, sampled_ids_N, log_z_N)
         ctx.kl_gradients = gradients
         ctx.logits, ctx.chunk_elements, ctx.product_dtype = logits, chunk_elements, head.weight_VH.dtype
@@ -211,15 +216,10 @@ def moments_of_rewards(pi_nV: Tensor, reward_nV: Tensor, reward_floor: float | N
         torch.mul(pi_nV, reward_nV.clamp_(min=reward_floor), out=pi_r_nV)
     moments = RewardMoments(
         reverse_kl=reverse_kl_n,
-        sum_pi_squared=_inner(pi_nV, pi_nV),
+        sum_pi_squared=inner(pi_nV, pi_nV),
         pi_r=-reverse_kl_n if reward_floor is None else pi_r_nV.sum(-1),
-        pi_r2=_inner(pi_r_nV, reward_nV),
-        pi2_r=_inner(pi_nV, pi_r_nV),
-        pi2_r2=_inner(pi_r_nV, pi_r_nV),
+        pi_r2=inner(pi_r_nV, reward_nV),
+        pi2_r=inner(pi_nV, pi_r_nV),
+        pi2_r2=inner(pi_r_nV, pi_r_nV),
     )
     return moments, pi_r_nV
-
-
-def _inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
-    """[n] inner products of rows."""
-    return torch.bmm(left_nV[:, None, :], right_nV[:, :, None])[:, 0, 0]

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from enumeration import plain_moments
 from vopd_client.baselines import SupportLogprobs, inner_optimal_baseline
-from vopd_client.linear_logprobs import Logits, full_logprobs
+from vopd_client.linear_logprobs import Logits
 from vopd_client.teacher_head import TeacherHead
 from vopd_client.variance import Distributions, sampled_variance
 from vopd_client.whole_vocabulary import RewardMoments, WholeVocabulary, whole_vocabulary
@@ -61,8 +61,14 @@ def ours(logits: Logits, *, chunk_rows: int = 3, want_kl_gradient=True, reward_f
 
 
 def plain(logits: Logits, *, reward_floor=None, **choices) -> tuple:
-    (hidden_NH, weight_VH, bias_V), sampled_N, teacher, teacher_hidden_NH = inputs(**choices)
-    student_NV = full_logprobs(hidden_NH, weight_VH, bias_V, logits)
+    student, sampled_N, teacher, teacher_hidden_NH = inputs(**choices)
+    hidden_NH, weight_VH, bias_V = student
+    weight_VH, bias_V = weight_VH[: logits.num_ids], 0 if bias_V is None else bias_V[: logits.num_ids]
+    logits_NV = (hidden_NH @ weight_VH.T + bias_V) * logits.scale
+    if logits.softcap is not None:
+        logits_NV = logits.softcap * torch.tanh(logits_NV / logits.softcap)
+    is_dropped_V = torch.tensor([token_id in logits.dropped_ids for token_id in range(logits.num_ids)])
+    student_NV = torch.where(is_dropped_V, -torch.inf, logits_NV / logits.temperature).log_softmax(-1)
     teacher_logits_NV = (teacher_hidden_NH @ teacher.weight_VH.T + teacher.bias_V) * 0.5 / 0.8
     teacher_NV = teacher_logits_NV.log_softmax(-1)[:, : logits.num_ids].detach()
     has_mass_NV = student_NV.detach() > -torch.inf
@@ -72,7 +78,7 @@ def plain(logits: Logits, *, reward_floor=None, **choices) -> tuple:
         (torch.where(has_mass_NV, student_NV, -torch.inf).exp() * log_ratio_NV).sum(),
         plain_moments(student_NV.detach(), teacher_NV, reward_floor),
     )
-    return whole, [leaf for leaf in (hidden_NH, weight_VH, bias_V) if leaf is not None]
+    return whole, [leaf for leaf in student if leaf is not None]
 
 
 def assert_close(actual, expected):
