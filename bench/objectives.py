@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from machine import machine_facts, teacher_process
+from machine import cpu_name, machine_facts, teacher_process
 from objectives_plan import (
     QUICK,
     ROOT,
@@ -208,7 +208,7 @@ class Bench:
                     "num_prompts": row["num_prompts"],
                 }
         of_student = [row for row in evaluations if row["who"] == "student"]
-        self.results.add(run, RunResult(read_rows(directory.metrics_file), of_student, seconds, failed))
+        self.results.add(run, RunResult(read_rows(directory.metrics_file), of_student, seconds, cpu_name(), failed))
         self.results.save(self.out / "objectives.json")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ def markdown(results: Results, task: str) -> str:
     lines = [f"### {task}", ""]
     if teacher is not None:
         lines += [f"The teacher itself: {percent(teacher['exact_match'])} of {teacher['num_prompts']}.", ""]
+    cpus = Counter(run["cpu"] for run in results.runs if run["task"] == task)
+    if len(cpus) > 1:
+        counted = ", ".join(f"{count} on {cpu}" for cpu, count in cpus.items())
+        lines += [f"Seconds are of several processors: {counted}.", ""]
     lines += ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for objective in objectives_of(results, task):
         lines.append("| " + " | ".join(cells(results, task, objective, steps)) + " |")

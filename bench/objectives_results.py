@@ -4,8 +4,8 @@ The file holds `machine`, `settings`, `teachers` (a task's teacher's own exact m
 
     rows   one an evaluation: task, objective, seed, step, exact_match, kl_nats (of held-out prompts' fresh rollouts,
            over the whole vocabulary), seconds (of training until then, evaluations left out)
-    runs   one a run: task, objective, seed, failed (what stopped it, or null), seconds (everything), and `steps`,
-           its metrics as columns over the training steps
+    runs   one a run: task, objective, seed, cpu (what it ran on), failed (what stopped it, or null), seconds
+           (everything), and `steps`, its metrics as columns over the training steps
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ class Results:
         self.rows += [{**names, **row} for row in evaluation_rows(result)]
         columns = {name: [rounded(row.get(name)) for row in result.metrics] for name in STEP_METRICS}
         self.runs.append(
-            {**names, "failed": result.failed, "seconds": round(result.seconds, 1), "steps": columns},
+            {
+                **names,
+                "cpu": result.cpu,
+                "failed": result.failed,
+                "seconds": round(result.seconds, 1),
+                "steps": columns,
+            },
         )
 
     def start_of(self, task: str, seed: int) -> dict[str, Any] | None:
@@ -82,6 +88,7 @@ class RunResult:
     metrics: Sequence[Row]
     evaluations: Sequence[Row]
     seconds: float
+    cpu: str  # a benchmark that goes on elsewhere has seconds of two kinds
     failed: str | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def a_result(exact_match: tuple[float, ...], kl_nats: float = 0.5) -> RunResult:
     evaluations = [
         {"step": 5 * place, "exact_match": value, "kl_nats": 1 / (1 + place)} for place, value in enumerate(exact_match)
     ]
-    return RunResult(metrics, evaluations, seconds=100.0)
+    return RunResult(metrics, evaluations, seconds=100.0, cpu="a processor")
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_what_is_not_a_number_is_null_in_the_file() -> None:
     result = a_result((0.0, 0.0))
     metrics = [{**row, "variance_over_opd": None, "kl_nats": math.nan} for row in result.metrics]
     made = Results(settings={}, machine={})
-    made.add(RunId("capitals", "opd", 1), RunResult(metrics, result.evaluations, 1.0, "stopped"))
+    made.add(RunId("capitals", "opd", 1), RunResult(metrics, result.evaluations, 1.0, "another", "stopped"))
     assert made.runs[0]["steps"]["variance_over_opd"] == made.runs[0]["steps"]["kl_nats"] == [None] * 5
     assert made.runs[0]["failed"] == "stopped"
 
@@ -252,3 +253,12 @@ def test_the_table_has_every_objective_with_its_spread(results: Results) -> None
     assert cells[5] == "7.5 (2 of 2)"
     assert cells[7:] == ["0.600 ± 0.141", "0.250 ± 0.000", "600", "2.0 ± 0.0"]
     assert any(line.startswith("| opd | 1 | 0 % | 0 % |") for line in lines)
+
+
+def test_seconds_of_several_processors_are_told_apart(results: Results) -> None:
+    assert "processors" not in markdown(results, "capitals")
+    results.add(RunId("capitals", "opd", 2), replace(a_result((0.0, 0.1)), cpu="another"))
+    num_before = len(results.runs) - 1
+    assert f"Seconds are of several processors: {num_before} on a processor, 1 on another." in markdown(
+        results, "capitals"
+    )
