@@ -100,7 +100,7 @@ def whole_vocabulary(
         hidden_NH, weight_VH, bias_V: of the student; gradients reach them. sampled_ids_N: int64 in [0, num_ids).
         teacher_hidden_NH: the teacher's, row for row; never a gradient.
         want_kl_gradient: the gradient of reverse_kl_sum is computed at once, while the distributions are there,
-            instead of computing them again in the backward pass.
+            instead of computing them again in the backward pass, which can run once.
         reward_floor: the reward is cut from below, in nats; None: it is not.
         chunk_elements: logits that one chunk of one side holds, at most, but for a single row.
     """
@@ -177,12 +177,15 @@ class _WholeVocabulary(torch.autograd.Function):
         ctx: Any, grad_sampled_N: Tensor | None, grad_kl_sum: Tensor | None, *_moments: None
     ) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, sampled_ids_N, log_z_N = ctx.saved_tensors
-        gradients = ctx.kl_gradients
-        if gradients is None or grad_kl_sum is None:
+        if grad_kl_sum is None:
             gradients = HeadGradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad[:3])
         else:
+            gradients, ctx.kl_gradients = ctx.kl_gradients, None
+            if gradients is None:
+                raise RuntimeError(
+                    "the gradient of reverse_kl_sum was made in the forward pass and is gone with its use"
+                )
             gradients.scale_(grad_kl_sum)
-        ctx.kl_gradients = None
         if grad_sampled_N is not None:
             add_gradients_of_logprobs(
                 gradients,

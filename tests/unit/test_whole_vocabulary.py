@@ -121,6 +121,13 @@ def test_a_divergence_without_its_gradient_has_none():
     assert whole.sampled_N.requires_grad
 
 
+def test_a_second_backward_pass_is_an_error_and_not_a_gradient_of_zero():
+    whole, _ = ours(Logits(NUM_IDS))
+    whole.reverse_kl_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone with its use"):
+        whole.reverse_kl_sum.backward()
+
+
 def test_no_rows_have_no_divergence_and_zero_gradients():
     whole, leaves = ours(Logits(NUM_IDS), num_rows=0)
     assert float(whole.reverse_kl_sum.detach()) == 0.0
