@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,11 +46,3 @@ def test_answers_and_examples_are_right(rows: list[dict[str, Any]]) -> None:
     for question, answer in pairs:
         a, b, c = (int(digit) for digit in re.findall(r"\d", question))
         assert answer == f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}"
-
-
-def test_the_files_are_what_the_script_makes(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym", reason="pip install -e '.[bench]'")
-    script = DIRECTORY.parents[1] / "make_chain_sum.py"
-    subprocess.run([sys.executable, str(script), "--directory", str(tmp_path)], check=True)
-    for name in ("train.jsonl", "heldout.jsonl"):
-        assert (tmp_path / name).read_bytes() == (DIRECTORY / name).read_bytes()
