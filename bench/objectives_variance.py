@@ -12,7 +12,7 @@ from rich.console import Console
 
 from machine import machine_facts
 from objectives_plan import TASKS, Task, digest
-from vopd_client.config import VarianceConfig
+from vopd_client.command_config import VarianceConfig
 from vopd_client.run_directory import write_atomically
 
 SEED = 1

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from vopd_client.config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, TrainConfig, VarianceConfig
+from vopd_client.command_config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, VarianceConfig
+from vopd_client.config import TrainConfig
 from vopd_client.errors import VopdError
 from vopd_settings import SettingsError, load_settings
 

@@ -1,11 +1,14 @@
-"""Every setting of the client, with its unit and default; the one source of flags, file keys and environment."""
+"""Settings of training, and what the commands' settings share; with `command_config`, every setting of the client.
+
+Each has its unit and default, and is the one source of its flag, file key and environment variable.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import NoDecode
 
 Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
@@ -20,7 +23,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _split_commas(value: object) -> object:
+def split_commas(value: object) -> object:
     """`a,b` is two addresses, in a flag as in a variable."""
     if isinstance(value, str):
         value = [value]
@@ -34,14 +37,7 @@ def _yes_or_no(value: object) -> object:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
-def _split_numbers(value: object) -> object:
-    """The same for numbers, of which there may be one alone."""
-    return _split_commas([value] if isinstance(value, int | float) else value)
-
-
-CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
-Integers = Annotated[list[int], NoDecode, BeforeValidator(_split_numbers)]
-Shares = Annotated[list[float], NoDecode, BeforeValidator(_split_numbers)]
+CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(split_commas)]
 MixedPrecision = Annotated[Literal["bf16", "no"], BeforeValidator(_yes_or_no)]
 YesNoAuto = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Temperature = Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]  # the teacher takes none below
@@ -72,6 +68,26 @@ class TeacherConfig(Settings):
     )
 
 
+class AnyTeacherConfig(TeacherConfig):
+    """A teacher at an address, or one in this process."""
+
+    teacher_model: str | None = Field(
+        None,
+        description="Instead of teacher-url: a directory or hub id of a teacher that runs in this process.",
+    )
+    head_cache: Path | None = Field(
+        None,
+        description="Directory for output heads of teachers, which the whole vocabulary needs; default: vopd/heads in "
+        "the user's cache directory.",
+    )
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if bool(self.teacher_url) == bool(self.teacher_model):
+            raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
+        return self
+
+
 class PromptColumns(Settings):
     """How rows that were not written for this project are read as prompts and answers."""
 
@@ -90,14 +106,9 @@ class PromptColumns(Settings):
     )
 
 
-class TrainConfig(TeacherConfig, PromptColumns):
+class TrainConfig(AnyTeacherConfig, PromptColumns):
     """One training run."""
 
-    head_cache: Path | None = Field(
-        None,
-        description="Directory for output heads of teachers, which the whole vocabulary needs; default: vopd/heads in "
-        "the user's cache directory.",
-    )
     teacher_window: int = Field(
         64, ge=1, le=4000, description="Sequences sent to the teacher and not yet answered, at most."
     )
@@ -114,10 +125,6 @@ class TrainConfig(TeacherConfig, PromptColumns):
         None, description="Name of the run, a directory in output-dir; default: objective and time of start."
     )
     resume: bool = Field(False, description="Go on from the newest checkpoint of the run of this name.")
-    teacher_model: str | None = Field(
-        None,
-        description="Instead of teacher-url: a directory or hub id of a teacher that runs in this process.",
-    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the student's model files.")
 
     # --- the objective
@@ -244,172 +251,7 @@ class TrainConfig(TeacherConfig, PromptColumns):
     sample_count: int = Field(3, ge=0, description="Completions shown and written at each evaluation.")
 
     @model_validator(mode="after")
-    def _one_teacher(self) -> TrainConfig:
-        if bool(self.teacher_url) == bool(self.teacher_model):
-            raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
+    def _warmup_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         return self
-
-
-class InfoConfig(TeacherConfig):
-    """`vopd-client info`."""
-
-    teacher_url: CommaSeparated = Field(min_length=1, description=TeacherConfig.model_fields["teacher_url"].description)
-    # Somebody looks at the screen: a teacher that is not there is soon said so.
-    teacher_timeout_s: float = Field(
-        20.0, gt=0, description=TeacherConfig.model_fields["teacher_timeout_s"].description
-    )
-
-
-class ScoreConfig(InfoConfig):
-    """`vopd-client score`."""
-
-    prompt: str = Field(min_length=1, description="Text before the completion.")
-    completion: str = Field(description="Text to score.")
-    chat: bool = Field(False, description="Render the prompt as a user's message with the teacher's chat template.")
-    top: int = Field(5, ge=0, description="The teacher's own most likely tokens shown at every position; 0: none.")
-    temperature: Temperature = Field(1.0, description="Temperature of the teacher's log-probabilities.")
-
-
-class EvalConfig(PromptColumns):
-    """`vopd-client eval`."""
-
-    model: str = Field(description="Model to evaluate: a directory (a run's model/) or a hub id.")
-    prompts: str = Field(
-        description="Prompts with answers: a .jsonl or .parquet file, or a hub data set (name, name:split or "
-        "name:configuration:split)."
-    )
-    as_teacher: bool = Field(
-        False, description="Show the model what the rows give the teacher (few-shot, hints) instead of the student."
-    )
-    max_prompt_tokens: int = Field(
-        1024, ge=1, description="Tokens of a student's prompt, at most; a longer one is refused before the model runs."
-    )
-    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
-    batch_size: int = Field(16, ge=1, description="Completions decoded side by side.")
-    verifier: Verifier = Field(
-        "exact", description="How a completion is compared with a row's answer, unless the row names its own verifier."
-    )
-    samples_per_prompt: int = Field(
-        1, ge=1, description="Completions of each prompt (n): 1 is the greedy one, more are sampled."
-    )
-    temperature: Temperature = Field(1.0, description="Temperature of the samples.")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Samples come from the fewest ids whose probability reaches this; 1: from all."
-    )
-    # Not top_k: that is the support's size in training, and the environment variable would be the same.
-    sampling_top_k: int = Field(
-        0, ge=0, description="Samples come from this many most likely ids, before top-p; 0: from all."
-    )
-    seed: int = Field(42, ge=0, description="Every draw derives from it, the prompt, the sample and the token's place.")
-    sample_count: int = Field(3, ge=0, description="Completions shown.")
-    mixed_precision: MixedPrecision = Field("no", description="Autocast over fp32 weights.")
-    device: str | None = Field(None, description="Device: cpu, cuda, mps; default: the best there is.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model's files.")
-    json_file: Path | None = Field(None, description="File to write the result to as JSON, beside the table.")
-
-    @model_validator(mode="after")
-    def _sampling_needs_samples(self) -> EvalConfig:
-        for name in ("temperature", "top_p", "sampling_top_k"):
-            value = getattr(self, name)
-            if self.samples_per_prompt == 1 and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name} {value} has no effect on the one greedy completion of samples_per_prompt 1: "
-                    "give samples_per_prompt 2 or more"
-                )
-        return self
-
-
-class VarianceConfig(TeacherConfig, PromptColumns):
-    """`vopd-client variance`."""
-
-    student: str = Field(description="Student model: a directory or a hub id.")
-    teacher_model: str | None = Field(
-        None, description="Instead of teacher-url: a directory or hub id of a teacher that runs in this process."
-    )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the student's model files.")
-    head_cache: Path | None = Field(
-        None,
-        description="Directory for output heads of teachers that give hidden states; default: vopd/heads in the user's "
-        "cache directory.",
-    )
-    prompts: str = Field(
-        description="Prompts that the student answers: a .jsonl or .parquet file, or a hub data set (name, name:split "
-        "or name:configuration:split)."
-    )
-    max_prompts: int = Field(
-        32, ge=1, description="Rows of them that are used, at most: the ones that training with this seed begins with."
-    )
-    max_prompt_tokens: int = Field(
-        1024, ge=1, description="Tokens of a prompt, at most; a longer one is refused before anything is sampled."
-    )
-    rollouts_per_prompt: int = Field(1, ge=1, description="Completions sampled for each row.")
-    max_new_tokens: int = Field(64, ge=1, description="Tokens of a completion, at most.")
-    max_positions: int = Field(
-        256,
-        ge=1,
-        description="Positions measured, at most, drawn at random from those of all completions; each costs several "
-        "passes over both distributions.",
-    )
-    support_sizes: Integers = Field(
-        [1, 4, 16, 100],
-        min_length=1,
-        description="Support sizes compared (K), in ids a position; repeat, or separate by commas.",
-    )
-    support_masses: Shares = Field(
-        [1.0, 0.9999, 0.99, 0.9],
-        min_length=1,
-        description="Student probabilities at which an adaptive support of at most the largest K stops growing, "
-        "compared in the second table; repeat, or separate by commas.",
-    )
-    temperature: Temperature = Field(
-        1.0, description="Temperature of the sampling and of both models' log-probabilities."
-    )
-    end_token: Literal["map", "drop", "keep"] = Field(
-        "map",
-        description="When student and teacher end with different tokens: map the student's to the teacher's, leave its "
-        "row out, or keep it as it is.",
-    )
-    seed: int = Field(42, ge=0, description="The choice of rows and positions and every sampled token derive from it.")
-    rollout_batch_size: int = Field(16, ge=1, description="Completions sampled side by side.")
-    microbatch_tokens: int = Field(
-        4096, ge=1, description="Tokens, padding included, of one forward pass, at most (one sequence always fits)."
-    )
-    mixed_precision: MixedPrecision = Field("no", description="Autocast over fp32 weights of the student.")
-    device: str | None = Field(None, description="Device: cpu, cuda, mps; default: the best there is.")
-    json_file: Path | None = Field(None, description="File to write the tables to as JSON.")
-    plot_file: Path | None = Field(None, description="File to draw the first table to; .png, .svg or .pdf.")
-
-    @field_validator("support_sizes")
-    @classmethod
-    def _positive_sizes(cls, sizes: list[int]) -> list[int]:
-        if min(sizes) < 1:
-            raise ValueError("a support has at least 1 id")
-        return sorted(set(sizes))
-
-    @field_validator("support_masses")
-    @classmethod
-    def _probabilities(cls, masses: list[float]) -> list[float]:
-        if not all(0 < mass <= 1 for mass in masses):
-            raise ValueError("a student probability lies in (0, 1]")
-        return sorted(set(masses), reverse=True)
-
-    @field_validator("plot_file")
-    @classmethod
-    def _known_picture(cls, path: Path | None) -> Path | None:
-        if path is not None and path.suffix.lower() not in {".png", ".svg", ".pdf"}:
-            raise ValueError("a picture's name ends with .png, .svg or .pdf")
-        return path
-
-    @model_validator(mode="after")
-    def _one_teacher(self) -> VarianceConfig:
-        if bool(self.teacher_url) == bool(self.teacher_model):
-            raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
-        return self
-
-
-class ReportConfig(Settings):
-    """`vopd-client report`."""
-
-    run_dir: Path = Field(description="Directory of the run (also as the first argument).")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vopd_client.config import EvalConfig
+from vopd_client.command_config import EvalConfig
 from vopd_client.errors import DataError, RunDirectoryError
 from vopd_client.evaluation import NO_KIND, Evaluation, evaluate_student
 from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts, render_prompts

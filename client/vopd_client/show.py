@@ -20,7 +20,8 @@ from vopd_client.teacher import RemoteTeacher
 from vopd_client.types import SupportKind, TeacherInfo
 
 if TYPE_CHECKING:
-    from vopd_client.config import InfoConfig, ScoreConfig, TeacherConfig
+    from vopd_client.command_config import InfoConfig, ScoreConfig
+    from vopd_client.config import TeacherConfig
 
 FILE_WIDTH = 110  # columns where nobody has a terminal
 BAR_WIDTH = 10

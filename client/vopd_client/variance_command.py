@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from vopd_client.alignment import BoolArray
 from vopd_client.batch import collate, plan_microbatches
-from vopd_client.config import TrainConfig, VarianceConfig
+from vopd_client.command_config import VarianceConfig
+from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError, OutOfMemory, RunDirectoryError
 from vopd_client.interruption import StopRequest, stop_on_signals
 from vopd_client.preparation import connect_teacher, load_rows, make_sampler

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vopd_client.config import TrainConfig, VarianceConfig
+from vopd_client.command_config import VarianceConfig
+from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError
 from vopd_client.preparation import fit_to_teacher
 from vopd_client.prompts import Prompt, PromptRow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from vopd_server.errors import DeadlineError
 
@@ -19,27 +19,25 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise failures.exceptions[0] from None
 
 
-@asynccontextmanager
-async def deadline(seconds: float | None) -> AsyncIterator[None]:
+def deadline(seconds: float | None) -> AbstractAsyncContextManager[None]:
     """Cancels what runs inside after `seconds` (None: never). Raises: DeadlineError."""
     if seconds is not None and seconds <= 0:
         raise DeadlineError("the caller's deadline had passed before the call began")
-    try:
-        async with asyncio.timeout(seconds) as scope:
-            yield
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise DeadlineError(f"the caller's deadline passed after {seconds:.3g} s") from error
+    return _time_limit(seconds, f"the caller's deadline passed after {seconds or 0:.3g} s")
+
+
+def unread_timeout(seconds: float) -> AbstractAsyncContextManager[None]:
+    """Around sending a part of an answer, which waits for the client to read. Raises: DeadlineError."""
+    return _time_limit(seconds, f"an answer was left unread for {seconds:g} s (answer_timeout_s)")
 
 
 @asynccontextmanager
-async def unread_timeout(seconds: float) -> AsyncIterator[None]:
-    """Around sending a part of an answer, which waits for the client to read. Raises: DeadlineError."""
+async def _time_limit(seconds: float | None, message: str) -> AsyncIterator[None]:
+    """Raises: DeadlineError with the message once the time is up; a TimeoutError from within passes through."""
     try:
         async with asyncio.timeout(seconds) as scope:
             yield
     except TimeoutError as error:
         if not scope.expired():
             raise
-        raise DeadlineError(f"an answer was left unread for {seconds:g} s (answer_timeout_s)") from error
+        raise DeadlineError(message) from error

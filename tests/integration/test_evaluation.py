@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tiny_model import write_tiny_model
 from vopd_client.batch import collate
-from vopd_client.config import EvalConfig
+from vopd_client.command_config import EvalConfig
 from vopd_client.errors import DataError
 from vopd_client.eval_command import run_eval
 from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teacher, spread_over_kinds

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from teacher_process import RunningTeacher, start_teacher
 from tiny_model import tiny_tokenizer
-from vopd_client.config import InfoConfig, ScoreConfig
+from vopd_client.command_config import InfoConfig, ScoreConfig
 from vopd_client.errors import ConfigError, TeacherUnavailableError
 from vopd_client.scored_text import Alternative, ScoredText, ScoredToken, score_text, token_text
 from vopd_client.show import render_scores, show_info, show_scores, visible

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fake_local_teacher import FakeLocalTeacher
 from tiny_model import tiny_tokenizer, write_tiny_model
-from vopd_client.config import VarianceConfig
+from vopd_client.command_config import VarianceConfig
 from vopd_client.errors import ConfigError, HandshakeError
 from vopd_client.types import Candidates, HiddenStates, SequenceToScore, TeacherTopK
 from vopd_client.variance_command import run_variance

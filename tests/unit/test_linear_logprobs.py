@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from largest_tensor import LargestTensor
 from vopd_client.linear_logprobs import Logits, full_logprobs, gather_masked, linear_logprobs
 
 NUM_ROWS, NUM_IDS, HIDDEN, SUPPORT = 11, 13, 5, 4
@@ -161,21 +160,6 @@ def test_under_bfloat16_autocast_only_the_product_with_the_head_is_rounded():
     expected_VH = torch.autograd.grad(exact_N.sum(), weight_VH)[0]
     assert gradient_VH.dtype == torch.float32
     torch.testing.assert_close(gradient_VH, expected_VH, rtol=0.05, atol=0.1)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -14,7 +14,8 @@ import pytest
 
 from conftest import REPOSITORY
 from tiny_model import tiny_tokenizer
-from vopd_client.config import EvalConfig, PromptColumns, TrainConfig
+from vopd_client.command_config import EvalConfig
+from vopd_client.config import PromptColumns, TrainConfig
 from vopd_client.prompts import Prompt, RowFormat, load_prompts, render_prompts
 from vopd_settings import load_settings
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from vopd_client.config import EvalConfig, TrainConfig
+from vopd_client.command_config import EvalConfig
+from vopd_client.config import TrainConfig
 from vopd_server.config import ServerConfig
 
 DEPLOY = REPOSITORY / "deploy"

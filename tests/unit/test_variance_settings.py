@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vopd_client.config import VarianceConfig
+from vopd_client.command_config import VarianceConfig
 from vopd_client.errors import ConfigError
 from vopd_client.schedule import prompts_of_step
 from vopd_client.types import TeacherInfo

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from enumeration import plain_moments
+from largest_tensor import LargestTensor
 from vopd_client.baselines import SupportLogprobs, inner_optimal_baseline
 from vopd_client.linear_logprobs import Logits
 from vopd_client.teacher_head import TeacherHead
@@ -155,21 +154,6 @@ def test_under_bfloat16_autocast_the_students_product_is_rounded_and_the_teacher
     ):
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, exact_gradient, rtol=0.05, atol=0.1)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("want_kl_gradient", [True, False])
