@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import pytest
 from safetensors.torch import load_file
 
 from asking import FakeTime, assert_answers, connected_to, sequence, until
-from fake_http_teacher import FakeHttpTeacher
 from fake_teacher import HEAD, TOKENS, FakeTeacher, Refusal, Script
 from teacher_process import RunningTeacher, start_teacher
 from vopd_client.errors import (
@@ -41,18 +39,6 @@ from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats, pack_uints
 
 UNAVAILABLE = Refusal(grpc.StatusCode.UNAVAILABLE)
-
-
-@pytest.fixture(params=[FakeTeacher, FakeHttpTeacher], ids=["grpc", "http"])
-def teacher_type(request: pytest.FixtureRequest) -> type[FakeTeacher]:
-    """What speaks one of the protocols; a test that takes it, or `connected`, holds for each."""
-    kind: type[FakeTeacher] = request.param
-    return kind
-
-
-@pytest.fixture
-def connected(teacher_type: type[FakeTeacher]) -> Any:
-    return partial(connected_to, teacher_type)
 
 
 # ---------------------------------------------------------------- what it is

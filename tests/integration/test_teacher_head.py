@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from asking import FakeTime, assert_answers, connected_to, until
-from fake_http_teacher import FakeHttpTeacher
 from fake_teacher import HEAD, HEAD_SHA256, HIDDEN_SIZE, FakeTeacher, Refusal, Script
 from vopd_client.errors import (
     AlignmentError,
@@ -38,17 +35,6 @@ from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import pack_floats
 
 FILE_NAME = f"{HEAD_SHA256}.safetensors"
-
-
-@pytest.fixture(params=[FakeTeacher, FakeHttpTeacher], ids=["grpc", "http"])
-def teacher_type(request: pytest.FixtureRequest) -> type[FakeTeacher]:
-    kind: type[FakeTeacher] = request.param
-    return kind
-
-
-@pytest.fixture
-def connected(teacher_type: type[FakeTeacher]) -> Any:
-    return partial(connected_to, teacher_type)
 
 
 def names(directory: Path) -> list[str]:
