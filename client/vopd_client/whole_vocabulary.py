@@ -114,7 +114,7 @@ def whole_vocabulary(
         teacher,
         want_kl_gradient and torch.is_grad_enabled(),
         reward_floor,
-        chunk_elements // 2,  # several arrays of a chunk's size exist at once
+        chunk_elements,
     )
     return WholeVocabulary(sampled_N, reverse_kl_sum, RewardMoments(*moments))
 
@@ -142,26 +142,30 @@ class _WholeVocabulary(torch.autograd.Function):
         sampled_N = torch.zeros_like(log_z_N)
         moments = RewardMoments(*(torch.zeros_like(log_z_N) for _ in RewardMoments._fields))
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            buffer_nV = chunk_buffer(len(hidden_NH), logits.num_ids, chunk_elements, log_z_N)
-            teacher_buffer_nV = log_z_N.new_empty(len(buffer_nV), teacher.logits.num_ids)
-            for rows in chunks(len(hidden_NH), logits.num_ids, chunk_elements):
-                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V, out=buffer_nV)
-                kept_nV = logits_nV.clone() if gradients is not None and logits.softcap is not None else logits_nV
+            largest_vocabulary = max(logits.num_ids, teacher.logits.num_ids)
+            exp_buffer_nV = chunk_buffer(len(hidden_NH), largest_vocabulary, chunk_elements, log_z_N)
+            student_buffer_nV = exp_buffer_nV.new_empty(len(exp_buffer_nV), logits.num_ids)
+            teacher_buffer_nV = exp_buffer_nV.new_empty(len(exp_buffer_nV), teacher.logits.num_ids)
+            for rows in chunks(len(hidden_NH), largest_vocabulary, chunk_elements):
                 teacher_nV = teacher.logits_of(teacher_hidden_NH[rows], out=teacher_buffer_nV)
-                sampled_N[rows] = logits_nV.gather(-1, sampled_ids_N[rows, None])[:, 0]
-                log_z_N[rows] = torch.logsumexp(logits_nV, dim=-1)
-                student_nV = logits_nV.sub_(log_z_N[rows, None])
-                teacher_nV.sub_(torch.logsumexp(teacher_nV, dim=-1, keepdim=True))
-                reward_nV = reward_(teacher_nV[:, : logits.num_ids], student_nV, logits.dropped_ids)
-                pi_nV = student_nV.exp_()
-                chunk_moments, pi_r_nV = moments_of_rewards(pi_nV, reward_nV, reward_floor)
+                _, teacher_log_z_n = shift_(teacher_nV, exp_buffer_nV)
+                logits_nV = logits.of(head.cast(hidden_NH[rows]), head.weight_VH, head.bias_V, out=student_buffer_nV)
+                kept_nV = logits_nV.clone() if gradients is not None and logits.softcap is not None else logits_nV
+                largest_n, student_log_z_n = shift_(logits_nV, exp_buffer_nV)
+                sampled_N[rows] = logits_nV.gather(-1, sampled_ids_N[rows, None])[:, 0] - student_log_z_n
+                log_z_N[rows] = largest_n + student_log_z_n
+                pi_nV = exp_buffer_nV[: len(logits_nV), : logits.num_ids].div_(student_log_z_n.exp()[:, None])
+                reward_nV = teacher_nV[:, : logits.num_ids].sub_(logits_nV)
+                reward_nV.add_((student_log_z_n - teacher_log_z_n)[:, None])
+                if logits.dropped_ids:  # pi is 0 there by construction, and their reward nobody's
+                    reward_nV.index_fill_(-1, torch.tensor(logits.dropped_ids, device=reward_nV.device), 0.0)
+                chunk_moments = moments_of_rewards(pi_nV, reward_nV, reward_floor, pi_r_nV=logits_nV)
                 for whole_N, chunk_n in zip(moments, chunk_moments, strict=True):
                     whole_N[rows] = chunk_n
                 if gradients is not None:
-                    # d KL / d logits = -pi (r + KL)
-                    grad_nV = pi_nV.mul_(chunk_moments.reverse_kl[:, None]).add_(pi_r_nV).neg_()
+                    # -d KL / d logits = pi (r + KL); the sign is the backward pass's
+                    grad_nV = logits_nV.addcmul_(pi_nV, chunk_moments.reverse_kl[:, None])
                     gradients.add_rows(rows, logits.backward_(grad_nV, kept_nV), head)
-        sampled_N.sub_(log_z_N)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, sampled_ids_N, log_z_N)
         ctx.kl_gradients = gradients
         ctx.logits, ctx.chunk_elements, ctx.product_dtype = logits, chunk_elements, head.weight_VH.dtype
@@ -185,7 +189,7 @@ class _WholeVocabulary(torch.autograd.Function):
                 raise RuntimeError(
                     "the gradient of reverse_kl_sum was made in the forward pass and is gone with its use"
                 )
-            gradients.scale_(grad_kl_sum)
+            gradients.scale_(-grad_kl_sum)
         if grad_sampled_N is not None:
             add_gradients_of_logprobs(
                 gradients,
@@ -200,24 +204,29 @@ class _WholeVocabulary(torch.autograd.Function):
         return (gradients.hidden_NH, gradients.weight_VH, gradients.bias_V, *([None] * 7))
 
 
-def reward_(teacher_nV: Tensor, student_nV: Tensor, dropped_ids: tuple[int, ...]) -> Tensor:
-    """log q - log pi in the place of log q; 0 at ids that the student has no probability for by construction."""
-    reward_nV = teacher_nV.sub_(student_nV)
-    if dropped_ids:
-        reward_nV.index_fill_(-1, torch.tensor(dropped_ids, device=reward_nV.device), 0.0)
-    return reward_nV
+def shift_(logits_nV: Tensor, exp_buffer_nV: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes each row's largest logit off, in place, and writes the exponentials into the buffer.
+
+    Returns: the largest, and the log of the sum of the exponentials, [n] each.
+    """
+    largest_n1 = logits_nV.amax(-1, keepdim=True)
+    exp_nV = exp_buffer_nV[: len(logits_nV), : logits_nV.shape[1]]
+    torch.exp(logits_nV.sub_(largest_n1), out=exp_nV)
+    return largest_n1[:, 0], exp_nV.sum(-1).log()
 
 
-def moments_of_rewards(pi_nV: Tensor, reward_nV: Tensor, reward_floor: float | None) -> tuple[RewardMoments, Tensor]:
-    """The sums of RewardMoments, and pi r as it was before the floor where there is none; cuts `reward_nV` in place.
+def moments_of_rewards(
+    pi_nV: Tensor, reward_nV: Tensor, reward_floor: float | None, *, pi_r_nV: Tensor
+) -> RewardMoments:
+    """The sums of RewardMoments; writes pi r into `pi_r_nV`, and cuts `reward_nV` in place where there is a floor.
 
     Only inner products of whole rows, which make no further array of the chunk's size.
     """
-    pi_r_nV = pi_nV * reward_nV
+    torch.mul(pi_nV, reward_nV, out=pi_r_nV)
     reverse_kl_n = -pi_r_nV.sum(-1)
     if reward_floor is not None:
         torch.mul(pi_nV, reward_nV.clamp_(min=reward_floor), out=pi_r_nV)
-    moments = RewardMoments(
+    return RewardMoments(
         reverse_kl=reverse_kl_n,
         sum_pi_squared=inner(pi_nV, pi_nV),
         pi_r=-reverse_kl_n if reward_floor is None else pi_r_nV.sum(-1),
@@ -225,4 +234,3 @@ def moments_of_rewards(pi_nV: Tensor, reward_nV: Tensor, reward_floor: float | N
         pi2_r=inner(pi_nV, pi_r_nV),
         pi2_r2=inner(pi_r_nV, pi_r_nV),
     )
-    return moments, pi_r_nV

@@ -54,7 +54,7 @@ def ours(logits: Logits, *, chunk_rows: int = 3, want_kl_gradient=True, reward_f
         teacher,
         want_kl_gradient=want_kl_gradient,
         reward_floor=reward_floor,
-        chunk_elements=2 * chunk_rows * logits.num_ids,
+        chunk_elements=chunk_rows * TEACHER_IDS,
     )
     return whole, [leaf for leaf in student if leaf is not None]
 
@@ -167,7 +167,7 @@ def test_distributions_exist_for_one_chunk_of_rows_at_a_time_in_both_passes(want
             *(hidden_NH, weight_VH, None, torch.zeros(num_rows, dtype=torch.long), Logits(num_ids)),
             *(torch.randn(num_rows, 4), teacher),
             want_kl_gradient=want_kl_gradient,
-            chunk_elements=2 * chunk_rows * num_ids,
+            chunk_elements=chunk_rows * num_ids,
         )
         (whole.sampled_N.sum() + (whole.reverse_kl_sum if want_kl_gradient else 0)).backward()
     assert largest.numel == chunk_rows * num_ids
