@@ -1,8 +1,9 @@
-"""What bench/results/objectives.json says: a markdown table a task, and pictures in docs/images.
+"""What bench/results/objectives.json says: two markdown tables a task, and pictures in docs/images.
 
     python bench/objectives_report.py bench/results/objectives.json --images docs/images
 
-Figures are means over seeds ± standard deviation over seeds. Failed runs count with what they reached.
+The first table holds means over seeds ± standard deviation over seeds, the second every seed. Failed runs count with
+what they reached.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives_results import Results, Spread, area_under_curve, curve, spread, steps_to_reach
+from objectives_results import Results, Spread, curve, spread, steps_to_reach
 
 NOT_MEASURED = "–"
 
@@ -32,6 +33,7 @@ def main() -> int:
         sys.exit(f"{arguments.results} holds no finished run")
     for task in tasks_of(results):
         print(markdown(results, task))
+        print(every_seed(results, task))
     if arguments.images is not None:
         from objectives_plots import write_pictures  # brings matplotlib
 
@@ -58,7 +60,6 @@ def markdown(results: Results, task: str) -> str:
         "objective",
         "seeds",
         *(f"exact match, step {step}" for step in steps),
-        "its mean over the run",
         "steps to half the teacher's",
         f"held-out KL, step {steps[-1]}" if steps else "held-out KL",
         "training KL, mean",
@@ -83,30 +84,44 @@ def cells(results: Results, task: str, objective: str, steps: Sequence[int]) -> 
     runs = [run for run in results.runs if run["task"] == task and run["objective"] == objective]
     matches = curve(results.rows, task, objective, "exact_match")
     kl = curve(results.rows, task, objective, "kl_nats")
-    by_seed = exact_match_by_seed(results, task, objective)
-    areas = spread(area_under_curve(points) for points in by_seed)
+    by_seed = list(by_seed_of(results, task, objective, "exact_match").values())
     failed = sum(run["failed"] is not None for run in runs)
     return [
         objective,
         f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
         *(with_spread(matches.get(step), percent) for step in steps),
-        with_spread(areas, percent),
         reached(by_seed, results.teachers.get(task)),
         with_spread(kl.get(steps[-1]) if steps else None, "{:.3f}".format),
         with_spread(mean_over_steps(runs, "kl_nats"), "{:.3f}".format),
         with_spread(mean_over_steps(runs, "variance_over_opd"), "{:.3f}".format),
         whole(mean_over_steps(runs, "teacher_bytes_per_token")),
-        with_spread(mean_over_steps(runs, "step_s"), "{:.1f}".format),
+        with_spread(median_of_steps(runs, "step_s"), "{:.1f}".format),
     ]
 
 
-def exact_match_by_seed(results: Results, task: str, objective: str) -> list[list[tuple[int, float]]]:
-    """(step, exact match) of every seed."""
+def by_seed_of(results: Results, task: str, objective: str, column: str) -> dict[int, list[tuple[int, float]]]:
+    """(step, value) of every seed that has one, in the order of seeds and of steps."""
     points: dict[int, list[tuple[int, float]]] = {}
-    for row in results.rows:
-        if (row["task"], row["objective"]) == (task, objective) and row["exact_match"] is not None:
-            points.setdefault(row["seed"], []).append((row["step"], row["exact_match"]))
-    return list(points.values())
+    for row in sorted(results.rows, key=lambda row: (row["seed"], row["step"])):
+        if (row["task"], row["objective"]) == (task, objective) and row[column] is not None:
+            points.setdefault(row["seed"], []).append((row["step"], row[column]))
+    return points
+
+
+def every_seed(results: Results, task: str) -> str:
+    """Exact match in percent after every evaluation, and the last KL, an objective a row and a seed a column."""
+    seeds = sorted({run["seed"] for run in results.runs if run["task"] == task})
+    lines = ["| objective | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "| --- |" + " --- |" * len(seeds)]
+    for objective in objectives_of(results, task):
+        matches = by_seed_of(results, task, objective, "exact_match")
+        kl = by_seed_of(results, task, objective, "kl_nats")
+        told = []
+        for seed in seeds:
+            curve_of_seed = "/".join(f"{100 * value:.0f}" for _, value in matches.get(seed, []))
+            last_kl = f", {kl[seed][-1][1]:.2f}" if seed in kl else ""
+            told.append(f"{curve_of_seed} %{last_kl}" if curve_of_seed else NOT_MEASURED)
+        lines.append(f"| {objective} | " + " | ".join(told) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def reached(by_seed: Sequence[Sequence[tuple[int, float]]], teacher: Row | None) -> str:
@@ -123,6 +138,11 @@ def mean_over_steps(runs: Iterable[Row], column: str) -> Spread | None:
     """The spread over runs of a step metric's mean over the run's steps."""
     means = (spread(run["steps"][column]) for run in runs)
     return spread(found.mean for found in means if found is not None)
+
+
+def median_of_steps(runs: Iterable[Row], column: str) -> Spread | None:
+    """The spread over runs of a step metric's median: the first step's warm-up, and a busy machine, weigh little."""
+    return spread(statistics.median(run["steps"][column]) for run in runs if run["steps"][column])
 
 
 def with_spread(found: Spread | None, form: Callable[[float], str]) -> str:

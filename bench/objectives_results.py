@@ -10,7 +10,6 @@ The file holds `machine`, `settings`, `teachers` (a task's teacher's own exact m
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -151,19 +150,6 @@ def curve(rows: Sequence[Row], task: str, objective: str, column: str) -> dict[i
     chosen = [row for row in rows if row["task"] == task and row["objective"] == objective]
     by_step = {step: spread(row[column] for row in chosen if row["step"] == step) for step in _steps(chosen)}
     return {step: found for step, found in by_step.items() if found is not None}
-
-
-def area_under_curve(points: Sequence[tuple[int, float]]) -> float | None:
-    """Mean height of the line through (step, value), by trapezoids: the value of a run that is stopped at any time.
-
-    None for fewer than two steps.
-    """
-    points = sorted(points)
-    if len(points) < 2 or points[0][0] == points[-1][0]:
-        return None
-    pairs = itertools.pairwise(points)
-    area = sum((right[0] - left[0]) * (left[1] + right[1]) / 2 for left, right in pairs)
-    return area / (points[-1][0] - points[0][0])
 
 
 def steps_to_reach(points: Sequence[tuple[int, float]], height: float) -> int | None:

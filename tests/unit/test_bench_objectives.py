@@ -28,11 +28,10 @@ from objectives_plan import (
     train_config,
     write_data,
 )
-from objectives_report import markdown, reached
+from objectives_report import every_seed, markdown, reached
 from objectives_results import (
     Results,
     RunResult,
-    area_under_curve,
     curve,
     spread,
     steps_to_reach,
@@ -226,12 +225,6 @@ def test_a_curve_has_a_point_an_evaluated_step(results: Results) -> None:
     assert {step: point.mean for step, point in found.items()} == pytest.approx({0: 0.0, 5: 0.2, 10: 0.7})
 
 
-def test_the_area_is_the_mean_height_whatever_the_spacing() -> None:
-    assert area_under_curve([(0, 0.0), (10, 1.0)]) == pytest.approx(0.5)
-    assert area_under_curve([(20, 1.0), (0, 0.0), (5, 1.0)]) == pytest.approx((2.5 + 15) / 20)
-    assert area_under_curve([(5, 1.0)]) is None
-
-
 def test_the_first_step_that_is_high_enough_counts() -> None:
     points = [(0, 0.0), (5, 0.4), (10, 0.3), (15, 0.9)]
     assert steps_to_reach(points, 0.4) == 5
@@ -250,9 +243,18 @@ def test_the_table_has_every_objective_with_its_spread(results: Results) -> None
     (vopd,) = (line for line in lines if line.startswith("| vopd |"))
     cells = [cell.strip() for cell in vopd.strip("|").split("|")]
     assert cells[1:4] == ["2", "20 % ± 28 %", "70 % ± 14 %"]
-    assert cells[5] == "7.5 (2 of 2)"
-    assert cells[7:] == ["0.600 ± 0.141", "0.250 ± 0.000", "600", "2.0 ± 0.0"]
+    assert cells[4] == "7.5 (2 of 2)"
+    assert cells[6:] == ["0.600 ± 0.141", "0.250 ± 0.000", "600", "2.0 ± 0.0"]
     assert any(line.startswith("| opd | 1 | 0 % | 0 % |") for line in lines)
+
+
+def test_every_seed_has_its_place(results: Results) -> None:
+    assert every_seed(results, "capitals").splitlines() == [
+        "| objective | seed 1 | seed 2 |",
+        "| --- | --- | --- |",
+        "| vopd | 0/0/80 %, 0.33 | 0/40/60 %, 0.33 |",
+        "| opd | 0/0/0 %, 0.33 | – |",
+    ]
 
 
 def test_seconds_of_several_processors_are_told_apart(results: Results) -> None:
