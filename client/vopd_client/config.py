@@ -6,7 +6,7 @@ Each has its unit and default, and is the one source of its flag, file key and e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import NoDecode
@@ -15,6 +15,8 @@ Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
 Verifier = Literal["exact", "contains", "regex", "math", "boxed-math", "choice"]
 
 FULL_VOCABULARY_OBJECTIVES: frozenset[Objective] = frozenset({"vopd-full", "full-kl"})
+OURS: Objective = "vopd-rb"  # all others are the paper's, and come with the paper's settings
+SETTINGS_OF_THE_PAPER = {"support_mass": 1.0, "tail": "renormalise"}
 
 
 class Settings(BaseModel):
@@ -128,7 +130,10 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
     trust_remote_code: bool = Field(False, description="Run code that comes with the student's model files.")
 
     # --- the objective
-    objective: Objective = Field("vopd", description="What is minimised, see docs/method.md.")
+    objective: Objective = Field(
+        OURS,
+        description="What is minimised, see docs/method.md; vopd, with nothing else said, is the paper's estimator.",
+    )
     top_k: int = Field(100, ge=1, description="Ids in the support of a position, at most (K).")
     support: Literal["student", "teacher"] = Field(
         "student",
@@ -138,16 +143,18 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
         0.9999,
         gt=0,
         le=1,
-        description="Student probability at which a position's support stops growing; 1: always top-k ids.",
+        description="Student probability at which a position's support stops growing; 1, the default of the paper's "
+        "objectives (all but vopd-rb): always top-k ids.",
     )
     tail: Literal["bucket", "renormalise"] = Field(
-        "renormalise",
-        description="What is outside the support: one bucket, or left out and the support renormalised (the paper).",
+        "bucket",
+        description="What is outside the support: one bucket, or left out and the support renormalised, the default of "
+        "the paper's objectives.",
     )
     baseline: Literal["kl", "optimal", "none"] | None = Field(
         None,
-        description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: kl "
-        "for vopd, optimal for vopd-rb.",
+        description="Baseline of the sampled terms: the KL value, the variance-optimal scalar, or none; default: "
+        "optimal for vopd-rb, kl for vopd and vopd-full.",
     )
     temperature: Temperature = Field(
         1.0, description="Temperature of the sampling and of both models' log-probabilities."
@@ -249,6 +256,13 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
     checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: at the end only.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, the newest first.")
     sample_count: int = Field(3, ge=0, description="Completions shown and written at each evaluation.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives_of_the_paper_come_with_its_settings(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("objective", OURS) != OURS:
+            return SETTINGS_OF_THE_PAPER | given
+        return given
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

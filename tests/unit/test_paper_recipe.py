@@ -14,6 +14,7 @@ import pytest
 
 from conftest import REPOSITORY
 from tiny_model import tiny_tokenizer
+from vopd_client.baselines import choose_baseline
 from vopd_client.command_config import EvalConfig
 from vopd_client.config import PromptColumns, TrainConfig
 from vopd_client.prompts import Prompt, RowFormat, load_prompts, render_prompts
@@ -73,6 +74,31 @@ def test_training_has_the_paper_s_settings(tmp_path: Path) -> None:
     assert {name: getattr(config, name) for name in of_the_paper} == of_the_paper
     assert config.prompts_per_step == 1 * 64 * 4
     assert config.steps == 14_116 // config.prompts_per_step  # one epoch
+
+
+ESTIMATOR = ("objective", "top_k", "support", "support_mass", "tail")
+NEEDED = ("--student", "s", "--prompts", "p", "--teacher-url", "grpc://x:1")
+
+
+def train_settings(*flags: str) -> TrainConfig:
+    return load_settings(TrainConfig, [*NEEDED, *flags], prog="test", env_prefix="VOPD_CLIENT_")
+
+
+def test_the_paper_s_estimator_is_one_flag_away() -> None:
+    recipe, flag = read(TrainConfig, "train.yaml"), train_settings("--objective", "vopd")
+    assert [getattr(flag, name) for name in ESTIMATOR] == [getattr(recipe, name) for name in ESTIMATOR]
+    assert choose_baseline(flag.objective, flag.baseline) == recipe.baseline
+
+
+def test_what_is_said_goes_before_the_settings_that_an_objective_comes_with() -> None:
+    config = train_settings("--objective", "vopd", "--tail", "bucket", "--support-mass", "0.9")
+    assert (config.tail, config.support_mass) == ("bucket", 0.9)
+
+
+def test_without_an_objective_it_is_ours_with_a_support_cut_by_mass() -> None:
+    config = train_settings()
+    assert [getattr(config, name) for name in ESTIMATOR] == ["vopd-rb", 100, "student", 0.9999, "bucket"]
+    assert choose_baseline(config.objective, config.baseline) == "optimal"
 
 
 def test_a_training_row_becomes_the_raw_problem_and_the_instruction_for_both_models(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_steps_matter_under_cosine_and_batch_shapes_under_deterministic(
 
 def test_a_setting_that_an_older_version_did_not_know_is_named(tmp_path: Path) -> None:
     old = {name: value for name, value in SETTINGS.items() if name != "tail"}
-    assert differing_settings(old, SETTINGS) == ["tail: not set -> renormalise"]
+    assert differing_settings(old, SETTINGS) == ["tail: not set -> bucket"]
 
 
 def test_rows_of_steps_that_are_taken_again_go_and_a_cut_off_line_with_them(tmp_path: Path) -> None:
