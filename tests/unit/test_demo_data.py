@@ -69,7 +69,7 @@ def test_the_files_are_what_the_script_makes(tmp_path: Path) -> None:
 def test_the_run_s_settings_are_valid() -> None:
     settings = yaml.safe_load((DEMO / "run.yaml").read_text("utf-8"))
     config = TrainConfig.model_validate(settings)
-    assert (config.name, config.objective, config.top_k) == ("demo", "vopd", 100)
+    assert (config.name, config.objective, config.top_k) == ("demo", "vopd-rb", 100)
     assert config.eval_prompts is not None
     assert (DEMO.parents[1] / config.prompts).is_file()
     assert (DEMO.parents[1] / config.eval_prompts).is_file()
