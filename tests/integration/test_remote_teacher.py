@@ -122,6 +122,7 @@ def test_an_interrupt_while_waiting_for_a_teacher_ends_the_program_quietly(schem
     program = (
         "import signal, threading, os\n"
         "from vopd_client.teacher import RemoteTeacher\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try:\n"
         f"    RemoteTeacher.connect('{scheme}://127.0.0.1:1', timeout_s=600)\n"
