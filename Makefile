@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model demo test test-vllm bench bench-objectives bench-memory lint format proto clean
+.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory lint format proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -32,8 +32,11 @@ $(MODEL)/config.json: | $(INSTALLED)
 demo: install model ## A teacher process, a student that learns from it, and the report
 	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL=$(MODEL) sh examples/demo/run.sh
 
+browser: install ## Chromium and promtool for the tests, by apt-get where they are missing
+	sh tests/browser.sh $(BIN)
+
 # One thread a process: two test processes share the cores, and spinning threads would starve one another.
-test: install model ## All tests
+test: install model browser ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 # vLLM pins torch and transformers: an environment of its own. Its own warnings are not ours to be strict about.

@@ -32,9 +32,9 @@ FROM environment
 LABEL org.opencontainers.image.title="vopd client" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# The user owns nothing but /cache and /runs.
+# The user owns nothing but /cache, /runs and /keys.
 RUN useradd --uid 2000 --no-create-home --home-dir /cache vopd \
-    && install --directory --owner=2000 --group=2000 /cache /runs
+    && install --directory --owner=2000 --group=2000 /cache /runs /keys
 
 COPY --from=demo-model /opt/vopd/models models
 COPY examples/demo examples/demo
@@ -51,7 +51,7 @@ ENV HOME=/cache \
     XDG_CONFIG_HOME=/cache/config \
     HF_HOME=/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor
-VOLUME /cache /runs
+VOLUME /cache /runs /keys
 USER 2000:2000
 ENTRYPOINT ["vopd-client"]
 CMD ["--help"]

@@ -29,9 +29,9 @@ FROM environment
 LABEL org.opencontainers.image.title="vopd teacher on a CPU" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# The user owns nothing but /cache.
+# The user owns nothing but /cache and /keys.
 RUN useradd --uid 2000 --no-create-home --home-dir /cache vopd \
-    && install --directory --owner=2000 --group=2000 /cache
+    && install --directory --owner=2000 --group=2000 /cache /keys
 
 COPY --from=demo-model /opt/vopd/models models
 COPY LICENSE README.md ./
@@ -47,7 +47,7 @@ ENV HOME=/cache \
     XDG_CONFIG_HOME=/cache/config \
     HF_HOME=/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor
-VOLUME /cache
+VOLUME /cache /keys
 USER 2000:2000
 EXPOSE 50051 8080 9090
 ENTRYPOINT ["vopd-server"]

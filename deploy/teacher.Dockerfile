@@ -21,9 +21,9 @@ RUN uv pip list --system --format=freeze > /tmp/installed.txt \
     && rm /tmp/installed.txt
 
 # vLLM's image has a user 2000; one without an entry in /etc/passwd would fail in torch. The user owns nothing but
-# /cache, which is where every library that keeps things in a home directory finds it.
+# /keys, for API keys, and /cache, which is where every library that keeps things in a home directory finds it.
 RUN (getent passwd 2000 || useradd --uid 2000 --gid 0 --no-create-home --home-dir /cache vllm) \
-    && install --directory --owner=2000 --group=0 /cache
+    && install --directory --owner=2000 --group=0 /cache /keys
 
 COPY LICENSE README.md ./
 COPY client client
@@ -42,7 +42,7 @@ ENV HOME=/cache \
     TRITON_CACHE_DIR=/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
     VLLM_NO_USAGE_STATS=1
-VOLUME /cache
+VOLUME /cache /keys
 USER 2000:0
 EXPOSE 50051 8080 9090
 ENTRYPOINT ["vopd-server"]

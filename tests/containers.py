@@ -32,9 +32,10 @@ COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 
 def compose(**variables: str) -> dict[str, Any]:
     """docker-compose.yml, every profile, with `variables` as the environment of whoever calls `docker compose`."""
+    profiles = [word for profile in ("cpu", "example", "monitoring") for word in ("--profile", profile)]
     command = [
         *(str(BIN / "podman-compose"), "--dry-run"),  # which does without podman: `config` runs nothing
-        *("--env-file", os.devnull, "--file", str(COMPOSE_FILE), "--profile", "cpu", "--profile", "example", "config"),
+        *("--env-file", os.devnull, "--file", str(COMPOSE_FILE), *profiles, "config"),
     ]
     env = {"PATH": os.environ["PATH"], **variables}
     printed = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
@@ -42,7 +43,8 @@ def compose(**variables: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(printed.stdout)
     for service in config["services"].values():
         # A name without a value is taken from the caller, or left out.
-        given = {**{name: variables.get(name) for name in service["environment"]}, **_set(service["environment"])}
+        inside = service.get("environment", {})
+        given = {**{name: variables.get(name) for name in inside}, **_set(inside)}
         service["environment"] = _set(given)
     return config
 

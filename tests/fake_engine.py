@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from vopd_proto.arrays import Float32Array, IntArray
 from vopd_proto.fingerprint import tokenizer_fingerprint
 from vopd_server.errors import EngineDeadError, UnavailableError
+from vopd_server.status import EngineCounters
 from vopd_server.types import (
     Candidates,
     EngineInfo,
@@ -141,6 +142,7 @@ class FakeEngine:
         any_temperature: bool = True,
         dtype: str = "float32",
         gives_head: bool = False,
+        window_tokens: int = 1_000_000,
     ) -> None:
         self.info = EngineInfo(
             model_id="fake",
@@ -154,6 +156,7 @@ class FakeEngine:
             supports=supports,
             any_temperature=any_temperature,
             deterministic=True,
+            window_tokens=window_tokens,
         )
         tokens = tuple(f"<{index}>".encode() for index in range(vocab_size))
         self.tokenizer = TokenizerInfo(
@@ -176,6 +179,10 @@ class FakeEngine:
         self._going = asyncio.Event()
         self._going.set()
         self._dead: asyncio.Future[EngineDeadError] | None = None
+
+    @property
+    def counters(self) -> EngineCounters:
+        return EngineCounters(batches=len(self.requests))
 
     def hold(self) -> None:
         """Every call (and the start) waits in the engine until `let_go`."""

@@ -27,13 +27,13 @@ class FakeTeacher:
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens admitted and not yet answered."""
-        return self.server.service.admission.budget.reserved_tokens
+        """Tokens admitted and not yet answered, of all tenants."""
+        return sum(queue.reserved_tokens for queue in self.server.service.admission.scheduler.queues.values())
 
     @property
     def num_waiting(self) -> int:
-        """Sequences held back because the budget is taken."""
-        return self.server.service.admission.budget.num_waiting
+        """Sequences of streams held back because their tenant is at its bound."""
+        return sum(len(queue.held) for queue in self.server.service.admission.scheduler.queues.values())
 
 
 @asynccontextmanager
@@ -46,6 +46,7 @@ async def fake_teacher(engine: FakeEngine | None = None, **settings: Any) -> Asy
     try:
         await server.start()
         await server.load()
+        engine.requests.clear()  # those of the golden probe
         async with connect(server.url, server.http_url) as client:
             yield FakeTeacher(server, engine, client)
     finally:

@@ -85,7 +85,7 @@ class FakeVllm:
         self.stale: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = {}  # freed buffers by shape
         self._cached: set[tuple[int, ...]] = set()
         nothing = TokenizerInfo((b"a",), "", "", None, (), None, "f")
-        self.facts = BackendFacts("0", "r", "float32", VOCAB_SIZE, 4, max_model_len, BLOCK_SIZE, nothing)
+        self.facts = BackendFacts("0", "r", "float32", VOCAB_SIZE, 4, max_model_len, BLOCK_SIZE, 512, 1024, nothing)
 
     async def answer(
         self, request_id: str, prompt_ids: list[int], arguments: dict[str, Any], *, read_cache: bool, salt: str

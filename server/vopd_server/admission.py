@@ -1,124 +1,25 @@
-"""How many tokens are let in: a pure state machine, and a thin asyncio shell that waits on it.
+"""The asyncio shell of the scheduler: waits for what it decides, tells the time, and counts.
 
-Tokens are reserved from admission until the answer is written, for a stream, and until it is scored, for a unary
-call, so that what the server works on is bounded. Calls that cannot be held back are refused when the budget is
-taken; streams wait, first come, first served. `TokenBudget` decides and `Admission` waits: fairness between tenants
-is to replace the first without touching the second.
+One event loop only. A call holds a ticket for every one of its sequences, from admission until its answer is written
+for a stream, and until it is packed for a unary call, so that what the server works on is bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vopd_server.errors import OverloadedError
+from vopd_server.scheduler import Demand, FairScheduler, Ticket, Work
+from vopd_server.tenancy import Tenant
+from vopd_server.usage import UsageBook
 
 MIN_RETRY_DELAY_S = 0.1
 MAX_RETRY_DELAY_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ticket:
-    """A place in the budget, held or waited for. Compared by identity."""
-
-    tokens: int
-
-
-class TokenBudget:
-    """Who is in and who waits. No I/O, no clock, no tasks.
-
-    Invariants: reserved == sum of the tokens of admitted tickets <= capacity; nobody waits who would fit
-    at the head of the queue; nobody overtakes it.
-    """
-
-    def __init__(self, capacity_tokens: int) -> None:
-        self.capacity_tokens = capacity_tokens
-        self.reserved_tokens = 0
-        self._admitted: set[Ticket] = set()
-        self._waiting: deque[Ticket] = deque()
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(ticket.tokens for ticket in self._waiting)
-
-    def is_admitted(self, ticket: Ticket) -> bool:
-        return ticket in self._admitted
-
-    def try_enter(self, tokens: int) -> Ticket | None:
-        """Admits at once, or not at all: also not past those who wait.
-
-        Raises: ValueError for more tokens than the capacity, which would wait forever.
-        """
-        if tokens > self.capacity_tokens:
-            raise ValueError(f"{tokens} tokens > capacity {self.capacity_tokens}")
-        if self._waiting or not self._fits(tokens):
-            return None
-        return self._admit(Ticket(tokens))
-
-    def enter_or_wait(self, tokens: int) -> Ticket:
-        """A ticket that is admitted now, or by the `leave` that makes room for it. Raises: as `try_enter`."""
-        ticket = self.try_enter(tokens)
-        if ticket is None:
-            ticket = Ticket(tokens)
-            self._waiting.append(ticket)
-        return ticket
-
-    def leave(self, ticket: Ticket) -> list[Ticket]:
-        """Gives a ticket's tokens, or its place in the queue, back; returns those who come in for it.
-
-        Raises: KeyError for a ticket that is neither in nor waiting: it has left before.
-        """
-        if ticket in self._admitted:
-            self._admitted.remove(ticket)
-            self.reserved_tokens -= ticket.tokens
-        elif ticket in self._waiting:
-            self._waiting.remove(ticket)
-        else:
-            raise KeyError(f"a ticket of {ticket.tokens} tokens left twice")
-        entered = []
-        while self._waiting and self._fits(self._waiting[0].tokens):
-            entered.append(self._admit(self._waiting.popleft()))
-        return entered
-
-    def _fits(self, tokens: int) -> bool:
-        return self.reserved_tokens + tokens <= self.capacity_tokens
-
-    def _admit(self, ticket: Ticket) -> Ticket:
-        self._admitted.add(ticket)
-        self.reserved_tokens += ticket.tokens
-        return ticket
-
-
-class RecentRate:
-    """Tokens answered per second over the last `window_s` seconds; time is handed in."""
-
-    def __init__(self, window_s: float = 30.0) -> None:
-        self._window_s = window_s
-        self._answers: deque[tuple[float, int]] = deque()
-        self._tokens = 0
-
-    def record(self, tokens: int, now_s: float) -> None:
-        self._answers.append((now_s, tokens))
-        self._tokens += tokens
-        self._forget(now_s)
-
-    def tokens_per_s(self, now_s: float) -> float:
-        """0 when nothing was answered of late."""
-        self._forget(now_s)
-        if not self._answers:
-            return 0.0
-        return self._tokens / max(now_s - self._answers[0][0], 1.0)
-
-    def _forget(self, now_s: float) -> None:
-        while self._answers and self._answers[0][0] < now_s - self._window_s:
-            self._tokens -= self._answers.popleft()[1]
+# After the moment at which a rate lets its tenant go on, so that rounding does not find it a little early.
+TIMER_SLACK_S = 0.001
 
 
 def retry_delay_s(missing_tokens: int, tokens_per_s: float) -> float:
@@ -128,46 +29,111 @@ def retry_delay_s(missing_tokens: int, tokens_per_s: float) -> float:
 
 
 class Admission:
-    """Waits on a TokenBudget. One event loop only."""
+    """Waits on a FairScheduler."""
 
-    def __init__(self, budget: TokenBudget, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.budget = budget
+    def __init__(self, scheduler: FairScheduler, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self.usage = UsageBook()
         self._clock = clock
-        self._rate = RecentRate()
         self._calls: dict[Ticket, asyncio.Future[None]] = {}
+        self._starting: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def enter_now(self, tokens: int) -> Ticket:
-        """Raises: OverloadedError with the delay after which the tokens are likely free."""
-        ticket = self.budget.try_enter(tokens)
-        if ticket is None:
-            budget = self.budget
-            taken = budget.reserved_tokens + budget.waiting_tokens
-            missing = taken + tokens - budget.capacity_tokens
-            raise OverloadedError(
-                f"{tokens} tokens do not fit beside {taken} that are queued (queue_tokens {budget.capacity_tokens})",
-                retry_delay_s=retry_delay_s(missing, self._rate.tokens_per_s(self._clock())),
-            )
-        return ticket
+    def set_tenants(self, tenants: Iterable[Tenant]) -> None:
+        self._call_in(self.scheduler.set_tenants(tenants, self._clock()))
 
-    async def enter(self, tokens: int) -> Ticket:
-        """Waits for its turn. Cancelling the wait gives the place in the queue back."""
-        ticket = self.budget.enter_or_wait(tokens)
-        if self.budget.is_admitted(ticket):
-            return ticket
-        called = self._calls[ticket] = asyncio.get_running_loop().create_future()
+    def admit_now(self, tenant: Tenant, demands: Sequence[Demand]) -> list[Ticket]:
+        """All of a call's sequences.
+
+        Raises: OverloadedError with the delay after which its tenant's own tokens are likely free.
+        """
+        now_s = self._clock()
+        tickets = self.scheduler.admit_now(tenant.id, demands, now_s)
+        if tickets is not None:
+            return tickets
+        queue = self.scheduler.queues[tenant.id]
+        tokens, num_bytes = sum(demand.tokens for demand in demands), sum(demand.num_bytes for demand in demands)
+        held_tokens = sum(ticket.demand.tokens for ticket in queue.held)
+        missing = max(0, queue.reserved_tokens + held_tokens + tokens - queue.queue_tokens)
+        held = f" and {held_tokens} of streams held back" if held_tokens else ""
+        raise OverloadedError(
+            f"{tokens} tokens ({num_bytes} bytes) do not fit beside {queue.reserved_tokens} tokens "
+            f"({queue.reserved_bytes} bytes) that tenant {tenant.id} has queued{held} (queue_tokens "
+            f"{queue.queue_tokens}, its share of queue_bytes {queue.queue_bytes})",
+            retry_delay_s=retry_delay_s(missing, self.usage.of(tenant.id).tokens_per_s(now_s)),
+        )
+
+    async def admit(self, tenant: Tenant, demand: Demand) -> Ticket:
+        """One sequence of a stream, when its tenant has room. Cancelling the wait gives the place up."""
+        ticket = self.scheduler.admit_or_hold(tenant.id, demand, self._clock())
         try:
-            await called
+            if ticket.stage == "held":
+                await self._until_called(ticket)
         except asyncio.CancelledError:
-            self._calls.pop(ticket, None)
             self.leave(ticket, answered=False)
             raise
         return ticket
 
+    async def enter_engine(self, ticket: Ticket, work: Work) -> float:
+        """Returns when it is the ticket's turn, with the seconds that took. `running` comes next, or `leave`."""
+        now_s = self._clock()
+        self.scheduler.queue(ticket, work, now_s)
+        self._start_soon()
+        await self._until_called(ticket)
+        return self._clock() - now_s
+
+    @contextmanager
+    def running(self, ticket: Ticket) -> Iterator[None]:
+        """Around the engine's work on a ticket whose turn it is."""
+        try:
+            yield
+        finally:
+            self.scheduler.answered(ticket, self._clock())
+            self._start_soon()
+
     def leave(self, ticket: Ticket, *, answered: bool) -> None:
-        """Gives a ticket back. `answered`: its tokens count for the rate."""
+        """Gives a ticket back, once. `answered`: its tokens count for its tenant's rate."""
+        now_s = self._clock()
         if answered:
-            self._rate.record(ticket.tokens, self._clock())
-        for entered in self.budget.leave(ticket):
-            called = self._calls.pop(entered)
-            if not called.done():
+            self.usage.of(ticket.tenant_id).answered(ticket.demand.tokens, now_s)
+        self._call_in(self.scheduler.leave(ticket, now_s))
+        self._start_soon()
+
+    async def _until_called(self, ticket: Ticket) -> None:
+        called = self._calls[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            await called
+        finally:
+            self._calls.pop(ticket, None)
+
+    def _start_soon(self) -> None:
+        """Once whatever is ready now has been queued: what was sent together enters together."""
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().call_soon(self._start_next)
+
+    def _start_next(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        now_s = self._clock()
+        started = self.scheduler.start_next(now_s)
+        for ticket in started:
+            self.usage.of(ticket.tenant_id).started(ticket.cost, now_s)
+        self._call_in(started)
+        self._set_timer(now_s)
+
+    def _set_timer(self, now_s: float) -> None:
+        """Comes back when a rate lets somebody go on."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        next_s = self.scheduler.next_start_s(now_s)
+        if next_s is not None:
+            delay_s = max(0.0, next_s - now_s) + TIMER_SLACK_S
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._start_next)
+
+    def _call_in(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            called = self._calls.pop(ticket, None)
+            if called is not None and not called.done():
                 called.set_result(None)

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -33,28 +32,31 @@ from vopd_server.concurrency import deadline
 from vopd_server.errors import EngineError, TeacherError
 from vopd_server.grpc_errors import status_code
 from vopd_server.service import TeacherService
+from vopd_server.tenancy import NOBODY, Tenant
 from vopd_server.types import HeadFile, ScoreRequest
+from vopd_server.version import SERVER_VERSION
 
 logger = logging.getLogger(__name__)
 
-SERVER_VERSION = version("vopd")
 HEAD_PIECE_BYTES = 2**20
 _QUIET_METHODS = ("GetInfo", "GetTokenizer")  # every handshake's; logged for debugging only
 
 
 @dataclass
 class Call:
-    """What the log and the metrics say of one call. `method` is its name in teacher.proto."""
+    """What the log and the metrics say of one call. `method` is its name in teacher.proto; tenant: nobody until it is
+    known whose call it is."""
 
     transport: Literal["grpc", "http"]
     method: str
+    tenant: Tenant = NOBODY
     request_id: str = ""
     num_sequences: int = 0
     num_tokens: int = 0
 
 
-def get_info(service: TeacherService) -> pb.GetInfoResponse:
-    return pack_info(service.info, service.tokenizer, service.limits, SERVER_VERSION)
+def get_info(service: TeacherService, call: Call) -> pb.GetInfoResponse:
+    return pack_info(service.info, service.tokenizer, service.limits_for(call.tenant), SERVER_VERSION)
 
 
 def get_tokenizer(service: TeacherService) -> pb.GetTokenizerResponse:
@@ -84,9 +86,13 @@ async def score(
             check_answer_fits(shapes, json_format(info), max_json_bytes, limit="the bound on answers in JSON")
         return unpack_request(request, call.request_id)
 
-    scored = await service.score_batch(shapes, unpack, temperature=temperature_of(request))
-    # In a thread: rounding the hidden states of a large answer takes tenths of a second.
-    return await asyncio.to_thread(pack_response, request, call.request_id, service.info, scored)
+    temperature = temperature_of(request)
+    async with service.scored_batch(call.tenant, shapes, unpack, temperature=temperature) as scored:
+        # In a thread: rounding the hidden states of a large answer takes tenths of a second.
+        started_s = time.monotonic()
+        response = await asyncio.to_thread(pack_response, request, call.request_id, service.info, scored)
+        service.metrics.stage(call.tenant.id, "encode", time.monotonic() - started_s)
+    return response
 
 
 async def head_pieces(head: HeadFile) -> AsyncIterator[bytes]:
@@ -109,19 +115,29 @@ def _read_piece(path: Path, offset: int, num_bytes: int) -> bytes:
     return piece
 
 
-@asynccontextmanager
-async def answering(service: TeacherService, call: Call, *, timeout_s: float | None) -> AsyncIterator[None]:
-    """Around every call: counted while it runs, cut at its deadline, logged and measured at its end.
+def bearer_token(authorization: str) -> str:
+    """The key of an Authorization header; what is no bearer token is no key."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
-    timeout_s: until the caller's deadline; None: there is none.
+
+@asynccontextmanager
+async def answering(
+    service: TeacherService, call: Call, *, api_key: str | None, timeout_s: float | None
+) -> AsyncIterator[None]:
+    """Around every call: told whose it is before anything of it is read, counted while it runs, cut at its deadline,
+    logged and measured at its end.
+
+    api_key: None: the call has none. timeout_s: until the caller's deadline; None: there is none.
 
     Raises: the TeacherErrors that come out of it; EngineError in the place of whatever else does, which is logged.
     """
     started_s = time.monotonic()
     code = "CANCELLED"  # what is left when the client goes away
     try:
+        call.tenant = service.authenticate(api_key)
         async with deadline(timeout_s):
-            with service.call():
+            with service.call(call.tenant):
                 yield
         code = "OK"
     except TeacherError as error:
@@ -135,12 +151,15 @@ async def answering(service: TeacherService, call: Call, *, timeout_s: float | N
         ) from error
     finally:
         seconds = time.monotonic() - started_s
-        service.metrics.call_ended(call.transport, call.method, code, seconds)
+        service.metrics.call_ended(call.transport, call.method, code, seconds, call.tenant.id)
+        if code != "OK":
+            service.rejected(call.tenant.id, code)
         logger.log(
             logging.DEBUG if call.method in _QUIET_METHODS else logging.INFO,
             call.method,
             extra={
                 "transport": call.transport,
+                "tenant": call.tenant.id,
                 "request_id": call.request_id,
                 "code": code,
                 "num_sequences": call.num_sequences,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from vopd_server.config import ServerConfig
 from vopd_server.engine_choice import EngineName, check_installed, choose_engine
 from vopd_server.engines.vllm_arguments import check_engine_args
 from vopd_server.errors import ConfigError
+from vopd_server.key_ring import FIRST_TENANT_ID
+from vopd_server.key_storage import read_key_file
 from vopd_server.lifecycle import tls_files
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def check(config: ServerConfig) -> Report:
         look_at_engine,
         look_at_engine_args,
         look_at_tls,
+        look_at_keys,
         look_at_model,
         look_at_device,
         look_at_ports,
@@ -83,6 +87,18 @@ def look_at_tls(config: ServerConfig) -> Facts:
     """Raises: ConfigError when a file cannot be read, or certificate and key are no pair."""
     files = tls_files(config)
     return [("TLS", "off" if files is None else f"on, certificate {files.cert}")]
+
+
+def look_at_keys(config: ServerConfig) -> Facts:
+    """Raises: ConfigError when the file cannot be read, or could not be created."""
+    path = config.keys_file
+    if path is None:
+        return [("keys", "none: one open tenant")]
+    if config.create_keys_file and not path.exists():
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"keys file {path}: cannot be created, {path.parent} is missing or not ours to write")
+        return [("keys", f"{path}: serve creates it, with a key for the tenant {FIRST_TENANT_ID}")]
+    return [("keys", f"{path}: {read_key_file(path).summary}")]
 
 
 def look_at_model(config: ServerConfig) -> Facts:

@@ -12,6 +12,7 @@ from pydantic_settings import NoDecode
 
 from vopd_proto import MAX_MESSAGE_BYTES, SEQUENCE_OVERHEAD_BYTES
 from vopd_server.answer_codec import CHUNK_BYTES
+from vopd_server.demand import MIN_TENANT_BYTES
 
 EngineName = Literal["auto", "transformers", "vllm"]
 
@@ -62,14 +63,34 @@ class ServerConfig(BaseModel):
     )
 
     # --- where
-    host: str = Field("127.0.0.1", description="Address to listen on; one that is not loopback needs --open.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on; one that is not loopback needs API keys with TLS or --plaintext, or --open.",
+    )
     port: int = Field(50051, ge=0, le=65535, description="TCP port of gRPC; 0: any free one.")
     http_port: int | None = Field(8080, ge=0, le=65535, description="TCP port of HTTP; 0: any free one; None: no HTTP.")
-    admin_host: str = Field("127.0.0.1", description="Address of the admin listener: metrics and health.")
+    admin_host: str = Field(
+        "127.0.0.1",
+        description="Address of the admin listener: metrics and health; one that is not loopback needs --admin-open.",
+    )
     admin_port: int | None = Field(
         9090, ge=0, le=65535, description="TCP port of the admin listener; 0: any free one; None: no admin listener."
     )
-    open: bool = Field(False, description="Serve everyone who can reach the ports: there are no API keys yet.")
+    admin_open: bool = Field(False, description="Show metrics and health to everyone who can reach the admin port.")
+    keys_file: Path | None = Field(
+        None,
+        description="File with the tenants and the hashes of their API keys, which `vopd-server keys` writes; it is "
+        "read again when it changes. None: no keys, and one tenant.",
+    )
+    create_keys_file: bool = Field(
+        False,
+        description="When keys_file is missing, create it with a key for the tenant `default`, written to default.key "
+        "beside it.",
+    )
+    open: bool = Field(False, description="Serve everyone who can reach the ports, without API keys.")
+    plaintext: bool = Field(
+        False, description="Take API keys over unencrypted connections from other machines: the network is trusted."
+    )
     tls_cert_file: Path | None = Field(
         None, description="PEM file with the certificate chain of gRPC and HTTP; with it they speak TLS only."
     )
@@ -93,8 +114,21 @@ class ServerConfig(BaseModel):
     queue_tokens: int = Field(
         524_288,
         ge=2,
-        description="Tokens admitted and not yet answered, at most; over it requests are refused and streams held.",
+        description="Tokens that one tenant may have admitted and not yet answered, where its key has no bound of its "
+        "own; over it requests are refused and streams held back.",
     )
+    queue_bytes: int = Field(
+        4 * 2**30,
+        ge=MIN_TENANT_BYTES,
+        description="Memory for requests and answers, of all tenants together: each has an equal share of it.",
+    )
+    engine_window_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in the engine at a time; the rest waits where fairness decides. Default: one forward's "
+        "worth with transformers, two steps' worth with vLLM, and no more than its KV cache holds.",
+    )
+    calls_per_tenant: int = Field(256, ge=1, description="Calls of one tenant at a time, at most; a stream is one.")
 
     # --- for how long
     drain_timeout_s: float = Field(
@@ -103,11 +137,24 @@ class ServerConfig(BaseModel):
     answer_timeout_s: float = Field(
         300.0, gt=0, description="Seconds that a client may leave an answer of its stream unread before it is ended."
     )
+    watchdog_interval_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds in which the engine answers nothing, after which the watchdog has it score its probe.",
+    )
     engine_hang_timeout_s: float = Field(
-        120.0, gt=0, description="Seconds without a sign of life after which vLLM counts as hung and the process ends."
+        120.0,
+        gt=0,
+        description="Seconds without any answer of the engine, nor to the watchdog's probe, after which it counts as "
+        "hung and the process ends.",
     )
 
     # --- what is written
+    golden_file: Path | None = Field(
+        None,
+        description="File that keeps the scores of a fixed sequence: a start whose scores differ from those of an "
+        "earlier one of the same model is refused. None: compared within one start only.",
+    )
     log_level: LogLevel = Field("info", description="Least severe messages that are logged (to standard error).")
     log_format: LogFormat = Field("text", description="One line of text, or one JSON object, a message.")
 
@@ -133,13 +180,34 @@ class ServerConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _keys_or_everyone(self) -> ServerConfig:
+        if self.keys_file is not None and self.open:
+            raise ValueError("open serves everyone, keys_file those who have a key: leave one of them out")
+        if self.keys_file is None and self.create_keys_file:
+            raise ValueError("create_keys_file needs a keys_file, which names the file to create")
+        return self
+
+    @model_validator(mode="after")
     def _strangers_only_when_told(self) -> ServerConfig:
-        for name, host in (("host", self.host), ("admin_host", self.admin_host)):
-            if not self.open and not is_loopback(host):
+        encrypted = self.tls_cert_file is not None
+        if not is_loopback(self.host):
+            if self.keys_file is None and not self.open:
                 raise ValueError(
-                    f"{name} {host} can be reached from other machines and there are no API keys: "
-                    "add --open to serve everyone who can reach it, or listen on 127.0.0.1"
+                    f"host {self.host} can be reached from other machines, and no API keys are asked for: add "
+                    "--keys-file (`vopd-server keys create` makes one), or --open to serve everyone who can reach it, "
+                    "or listen on 127.0.0.1"
                 )
+            if self.keys_file is not None and not (encrypted or self.plaintext):
+                raise ValueError(
+                    f"host {self.host} can be reached from other machines, and their API keys would travel "
+                    "unencrypted: add --tls-cert-file and --tls-key-file, or --plaintext if the network in between is "
+                    "trusted, or listen on 127.0.0.1"
+                )
+        if not (is_loopback(self.admin_host) or self.admin_open or self.open):
+            raise ValueError(
+                f"admin_host {self.admin_host} can be reached from other machines, and the admin port asks for no "
+                "key: add --admin-open to show metrics and health to everyone who can reach it, or listen on 127.0.0.1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,6 @@ from functools import partial
 
 from vopd_proto import teacher_pb2 as pb
 from vopd_proto.arrays import IntArray
-from vopd_server.admission import Ticket
 from vopd_server.answer_codec import answer_format_of, pack_chunks
 from vopd_server.codec import (
     check_float_type,
@@ -29,9 +28,11 @@ from vopd_server.codec import (
     unpack_sequence,
 )
 from vopd_server.concurrency import task_group, unread_timeout
-from vopd_server.errors import InvalidRequestError, TeacherError, UnsupportedError
-from vopd_server.grpc_errors import score_failure
+from vopd_server.errors import InvalidRequestError, TeacherError, UnauthenticatedError, UnsupportedError
+from vopd_server.grpc_errors import score_failure, status_code
+from vopd_server.scheduler import Ticket
 from vopd_server.service import TeacherService
+from vopd_server.tenancy import Tenant
 from vopd_server.validation import SequenceShape, check_temperature
 
 MAX_CONTEXTS = 4096  # kept for one stream at a time
@@ -94,13 +95,16 @@ class StreamContexts:
 class ScoreStream:
     """One stream, from its settings to its last answer. Tokens are held until their answer is written."""
 
-    def __init__(self, service: TeacherService, read: Read, write: Write, *, answer_timeout_s: float) -> None:
+    def __init__(
+        self, service: TeacherService, tenant: Tenant, read: Read, write: Write, *, answer_timeout_s: float
+    ) -> None:
         self._service = service
+        self._tenant = tenant
         self._read = read
         self._write = write
         self._answer_timeout_s = answer_timeout_s
         self._writing = asyncio.Lock()
-        self._contexts = StreamContexts(max_contexts=MAX_CONTEXTS, max_tokens=service.admission.budget.capacity_tokens)
+        self._contexts = StreamContexts(max_contexts=MAX_CONTEXTS, max_tokens=service.queue_tokens_of(tenant))
         self._settings = pb.StreamSettings()
         self._num_answers_due = 0
         self._no_answers_due = asyncio.Event()
@@ -127,7 +131,7 @@ class ScoreStream:
                     await self._no_answers_due.wait()
                     await asyncio.wait({reading}, timeout=LAST_WORDS_S)
                 is_cut_off = reading.cancel()
-        except (InvalidRequestError, UnsupportedError):
+        except (InvalidRequestError, UnsupportedError, UnauthenticatedError):
             await self._hear_out()
             raise
         if is_cut_off:
@@ -179,20 +183,23 @@ class ScoreStream:
             check_no_unknown_fields(message)
             context_ids = self._contexts.find(sequence.context_index)
             shape = shape_of(sequence, field="sequence", num_context_ids=len(context_ids))
-            ticket = await self._service.admit(shape, temperature_of(self._settings))
+            ticket = await self._service.admit(self._tenant, shape, temperature_of(self._settings))
+        except UnauthenticatedError:
+            raise  # the key was revoked: nothing more of this stream is answered
         except TeacherError as error:
-            failure = pb.ScoreStreamResponse(failure=score_failure(sequence.sequence_id, error))
             # Draining cancels who reads; what is half written must be finished for the next write to work.
-            await asyncio.shield(answers.create_task(self._send(failure)))
+            await asyncio.shield(answers.create_task(self._send_failure(sequence.sequence_id, error)))
             return
         held_s = time.monotonic() - arrived_s
         self._num_answers_due += 1
         self._no_answers_due.clear()
-        task = answers.create_task(self._answer(sequence, shape, context_ids, held_s))
+        task = answers.create_task(self._answer(ticket, sequence, shape, context_ids, held_s))
         # Not a `finally` inside the task: one that is cancelled before its first step never gets there.
         task.add_done_callback(partial(self._give_back, ticket))
 
-    async def _answer(self, sequence: pb.Sequence, shape: SequenceShape, context_ids: IntArray, held_s: float) -> bool:
+    async def _answer(
+        self, ticket: Ticket, sequence: pb.Sequence, shape: SequenceShape, context_ids: IntArray, held_s: float
+    ) -> bool:
         """Scores and sends; whether there were scores."""
         unpack = partial(
             unpack_sequence,
@@ -203,14 +210,19 @@ class ScoreStream:
             temperature=temperature_of(self._settings),
         )
         try:
-            request, scores = await self._service.score_admitted(shape, unpack)
+            request, scores = await self._service.score_admitted(self._tenant, ticket, shape, unpack)
         except TeacherError as error:
-            await self._send(pb.ScoreStreamResponse(failure=score_failure(sequence.sequence_id, error)))
+            await self._send_failure(sequence.sequence_id, error)
             return False
         scores = dataclasses.replace(scores, queue_time_s=scores.queue_time_s + held_s)
         answer_format = answer_format_of(self._service.info, self._settings.float_type)
+        encoding_s = 0.0
+        started_s = time.monotonic()
         for chunk in pack_chunks(sequence.sequence_id, request, scores, answer_format):
+            encoding_s += time.monotonic() - started_s
             await self._send(pb.ScoreStreamResponse(chunk=chunk))
+            started_s = time.monotonic()
+        self._service.metrics.stage(self._tenant.id, "encode", encoding_s)
         self.num_tokens += shape.num_tokens
         return True
 
@@ -218,6 +230,10 @@ class ScoreStream:
         """One message at a time. Raises: DeadlineError when the client does not take it."""
         async with self._writing, unread_timeout(self._answer_timeout_s):
             await self._write(response)
+
+    async def _send_failure(self, sequence_id: str, error: TeacherError) -> None:
+        self._service.rejected(self._tenant.id, status_code(error).name)
+        await self._send(pb.ScoreStreamResponse(failure=score_failure(sequence_id, error)))
 
     def _give_back(self, ticket: Ticket, task: asyncio.Task[bool]) -> None:
         answered = not task.cancelled() and task.exception() is None and task.result()

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.calls import SERVER_VERSION, Call, answering, get_info, get_tokenizer, score
+from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
 from vopd_server.codec import parse
 from vopd_server.errors import (
     BodyTooLargeError,
@@ -26,8 +26,9 @@ from vopd_server.http_head import HeadResponse
 from vopd_server.http_info import info_answer, tokenizer_answer
 from vopd_server.http_json import parse_score_body, score_answer
 from vopd_server.http_openapi import GET_HEAD, GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
-from vopd_server.http_request import timeout_of, while_connected
+from vopd_server.http_request import api_key_of, timeout_of, while_connected
 from vopd_server.service import TeacherService
+from vopd_server.version import SERVER_VERSION
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
@@ -78,8 +79,8 @@ class HttpApi:
         self._body_timeout_s = body_timeout_s
 
     async def get_info(self, request: Request) -> Response:
-        async def answer(_call: Call) -> Response:
-            info = get_info(self._service)
+        async def answer(call: Call) -> Response:
+            info = get_info(self._service, call)
             return _packed(info) if _wants(request, default=JSON) == PROTOBUF else _json(info_answer(info))
 
         return await self._answer(request, "GetInfo", answer)
@@ -99,6 +100,7 @@ class HttpApi:
             encoding = _encoding_of(request)
             limit = self._service.limits.max_message_bytes
             body = await self._read_body(request, min(limit, MAX_JSON_BYTES) if encoding == JSON else limit)
+            self._service.metrics.bytes_moved(call.tenant.id, "http", "received", len(body))
             return await while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
 
         return await self._answer(request, "Score", answer)
@@ -119,10 +121,13 @@ class HttpApi:
         """Around every call; its errors become their responses."""
         call = Call("http", method)
         try:
-            async with answering(self._service, call, timeout_s=timeout_of(request)):
-                return await answer(call)
+            api_key = api_key_of(request)
+            async with answering(self._service, call, api_key=api_key, timeout_s=timeout_of(request)):
+                response = await answer(call)
         except TeacherError as error:
             return error_response(error, call.request_id)
+        self._service.metrics.bytes_moved(call.tenant.id, "http", "sent", len(response.body))
+        return response
 
     async def _read_body(self, request: Request, max_bytes: int) -> bytes:
         """Raises: BodyTooLargeError, at once where the length is declared; DeadlineError for one that does not end."""

@@ -10,7 +10,7 @@ from vopd_server.calls import Call, answering, head_pieces
 from vopd_server.concurrency import unread_timeout
 from vopd_server.errors import TeacherError
 from vopd_server.http_errors import error_response
-from vopd_server.http_request import timeout_of, while_connected
+from vopd_server.http_request import api_key_of, timeout_of, while_connected
 from vopd_server.service import TeacherService
 from vopd_server.types import HeadFile
 
@@ -33,18 +33,19 @@ class HeadResponse(Response):
         request = Request(scope, receive)
         call = Call("http", "GetHead")
         try:
-            async with answering(self._service, call, timeout_s=timeout_of(request)):
+            api_key = api_key_of(request)
+            async with answering(self._service, call, api_key=api_key, timeout_s=timeout_of(request)):
                 head = self._service.head_file
                 if is_held(request, head):
                     await Response(status_code=304, headers={"ETag": etag(head)})(scope, receive, send)
                 else:
-                    await while_connected(request, self._send(head, send))
+                    await while_connected(request, self._send(head, call.tenant.id, send))
         except TeacherError as error:
             # Of an answer that has begun, what is missing of its length tells the client.
             if not self._has_begun:
                 await error_response(error, call.request_id)(scope, receive, send)
 
-    async def _send(self, head: HeadFile, send: Send) -> None:
+    async def _send(self, head: HeadFile, tenant_id: str, send: Send) -> None:
         headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(head.num_bytes), "ETag": etag(head)}
         left = head.num_bytes
         async for piece in head_pieces(head):
@@ -56,6 +57,7 @@ class HeadResponse(Response):
             left -= len(piece)
             async with unread_timeout(self._unread_timeout_s):
                 await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+            self._service.metrics.bytes_moved(tenant_id, "http", "sent", len(piece))
 
 
 def etag(head: HeadFile) -> str:

@@ -29,7 +29,9 @@ def _errors(**statuses: str) -> dict[int | str, dict[str, Any]]:
 
 
 _ANY_CALL = {
+    "_401": "No API key, or one that is not valid.",
     "_422": "The request can never be answered; `field` names what is wrong.",
+    "_429": "Too many calls of this tenant, or over its queue bound; try again after `retry_delay_s`.",
     "_500": "The teacher failed; its log tells more under the request id.",
     "_503": "Loading, or shutting down; another try may be answered after `retry_delay_s`.",
     "_504": "The deadline in Request-Timeout passed.",
@@ -91,7 +93,6 @@ SCORE: dict[str, Any] = {
             _409="This engine cannot do it; the message names what it can.",
             _413="The body has too many bytes.",
             _415="The body is neither JSON nor protobuf.",
-            _429="Over the queue bound; nothing was admitted. Try again after `retry_delay_s`.",
             **_ANY_CALL,
         ),
     },

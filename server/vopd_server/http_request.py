@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from vopd_server.calls import bearer_token
 from vopd_server.errors import ClientGoneError, InvalidRequestError
 
 Answered = TypeVar("Answered")
@@ -29,6 +30,12 @@ def timeout_of(request: Request) -> float | None:
     if not math.isfinite(seconds) or seconds <= 0:
         raise InvalidRequestError("Request-Timeout", f"{told!r}; it must be a number of seconds above 0")
     return seconds
+
+
+def api_key_of(request: Request) -> str | None:
+    """The bearer token of its Authorization header; None: it has no such header."""
+    authorization = request.headers.get("authorization")
+    return None if authorization is None else bearer_token(authorization)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:

@@ -12,7 +12,8 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -21,18 +22,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from vopd_server.admin_api import make_admin_app
-from vopd_server.admission import Admission, TokenBudget
+from vopd_server.admission import Admission
 from vopd_server.answer_codec import pack_tokenizer
-from vopd_server.calls import SERVER_VERSION
 from vopd_server.config import ServerConfig
+from vopd_server.demand import MIN_TENANT_BYTES
 from vopd_server.engines.base import Engine
 from vopd_server.errors import ConfigError, EngineDeadError
+from vopd_server.golden import run_golden_probe
+from vopd_server.golden_record import check_golden_file
 from vopd_server.grpc_api import SERVICE, TeacherRpc, add_teacher, server_options
 from vopd_server.http_api import make_http_app
 from vopd_server.http_listener import HttpListener, bracketed
+from vopd_server.key_ring import open_doors
+from vopd_server.scheduler import FairScheduler
 from vopd_server.service import TeacherService
+from vopd_server.tenancy import Tenant
 from vopd_server.tls import TlsFiles, check_tls_files
 from vopd_server.validation import Limits
+from vopd_server.version import SERVER_VERSION
+from vopd_server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,8 @@ FLUSH_GRACE_S = 1.0
 # For those whose scores died with the engine to hear of it.
 LAST_WORDS_S = 5.0
 
+KEYS_REFRESH_S = 1.0
+
 # Exit codes of `serve`; 2 is a wrong setting.
 DRAINED, CUT_OFF, ENGINE_DEAD = 0, 1, 3
 
@@ -50,9 +60,24 @@ class TeacherServer:
     """An engine behind its ports. `start`, then `load`, then `drain`."""
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
-        """Raises: ConfigError for a certificate that cannot be used."""
+        """Raises: ConfigError for a certificate, a keys file or a golden file that cannot be used."""
         self._config = config
-        self.service = TeacherService(engine, limits_of(config), Admission(TokenBudget(config.queue_tokens)))
+        if config.golden_file is not None:
+            check_golden_file(config.golden_file)
+        door, self._said_of_keys = open_doors(config, partial(check_tenants, config))
+        scheduler = FairScheduler(
+            window_tokens=config.engine_window_tokens or 0,  # until the engine has said what is best
+            queue_tokens=config.queue_tokens,
+            queue_bytes=config.queue_bytes,
+        )
+        self.service = TeacherService(
+            engine,
+            limits_of(config),
+            Admission(scheduler),
+            door=door,
+            window_tokens=config.engine_window_tokens,
+            max_calls=config.calls_per_tenant,
+        )
         self._health = health_aio.HealthServicer()
         self._server = aio.server(options=server_options(config.max_message_bytes))
         self.url = ""
@@ -61,6 +86,8 @@ class TeacherServer:
         if config.http_port is not None:
             app = make_http_app(self.service, body_timeout_s=config.answer_timeout_s)
             self._http = HttpListener(app, host=config.host, port=config.http_port, tls=self._tls)
+        self._refreshing: asyncio.Task[None] | None = None
+        self._watchdog: Watchdog | None = None
         self._admin: HttpListener | None = None
         if config.admin_port is not None:
             self._admin = HttpListener(make_admin_app(self.service), host=config.admin_host, port=config.admin_port)
@@ -85,6 +112,13 @@ class TeacherServer:
         for listener in (self._http, self._admin):
             if listener is not None:
                 await listener.start()
+        self._refreshing = asyncio.create_task(self._refresh_tenants(), name="vopd-keys")
+
+    async def _refresh_tenants(self) -> None:
+        """Keys that were made or revoked count within a second or two."""
+        while True:
+            await asyncio.sleep(KEYS_REFRESH_S)
+            self.service.refresh_tenants()
 
     def _bind_grpc(self) -> str:
         tls = self._tls
@@ -99,8 +133,8 @@ class TeacherServer:
             raise ConfigError(f"cannot listen on {where}: in use, or not ours to take") from error
 
     async def load(self) -> None:
-        """Loads the model and says SERVING. Raises: ConfigError, and what the engine raises."""
-        await self.service.start()
+        """Loads the model, probes it and says SERVING. Raises: ConfigError, and what the engine raises."""
+        await self.service.start(self._probe)
         table_bytes = pack_tokenizer(self.service.tokenizer).ByteSize()
         if table_bytes > self._config.max_message_bytes:
             raise ConfigError(
@@ -110,9 +144,21 @@ class TeacherServer:
         for name in HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    async def _probe(self, engine: Engine) -> None:
+        golden = await run_golden_probe(engine, record_file=self._config.golden_file)
+        logger.info("golden probe: %s", golden.description, extra={"seconds": golden.duration_s})
+        self.service.golden_probe = golden.description
+        self._watchdog = Watchdog(
+            engine,
+            golden.reference,
+            interval_s=self._config.watchdog_interval_s,
+            hang_timeout_s=self._config.engine_hang_timeout_s,
+            last_answer_s=lambda: self.service.last_answer_s,
+        )
+
     async def wait_until_dead(self) -> EngineDeadError:
         """Returns when the engine can score nothing any more; health says NOT_SERVING then."""
-        reason = await self.service.wait_until_dead()
+        reason = await self.service.wait_until_dead(self._watchdog)
         await self._health.enter_graceful_shutdown()
         return reason
 
@@ -129,6 +175,9 @@ class TeacherServer:
 
     async def close(self) -> None:
         """Ends what is left and frees the model."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         is_idle = self.service.is_idle
         ending = [self._server.stop(FLUSH_GRACE_S if is_idle else 0)]
         if self._http is not None:
@@ -149,7 +198,23 @@ class TeacherServer:
             f"dtype {info.dtype}, {limits.max_context_length} tokens a sequence, "
             f"{limits.max_tokens_per_request} tokens and "
             f"{limits.max_sequences_per_request} sequences a request, support up to {limits.max_top_k} ids, "
-            f"queue {self._config.queue_tokens} tokens"
+            f"queue {self._config.queue_tokens} tokens a tenant, {self._said_of_tenants()}"
+        )
+
+    def _said_of_tenants(self) -> str:
+        if self._config.keys_file is None:
+            return "no API keys"
+        said = f"{len(self.service.admission.scheduler.queues)} tenants with keys in {self._config.keys_file}"
+        return f"{said} ({self._said_of_keys})" if self._said_of_keys else said
+
+
+def check_tenants(config: ServerConfig, tenants: Sequence[Tenant]) -> None:
+    """Raises: ConfigError for more tenants than there is memory for."""
+    most = config.queue_bytes // MIN_TENANT_BYTES
+    if len(tenants) > most:
+        raise ConfigError(
+            f"{len(tenants)} tenants > {most}: queue_bytes {config.queue_bytes} leaves each less than the "
+            f"{MIN_TENANT_BYTES} bytes that a long completion needs"
         )
 
 

@@ -7,13 +7,14 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from vopd_server.calls import SERVER_VERSION
 from vopd_server.check import check
 from vopd_server.config import ServerConfig
 from vopd_server.engine_choice import make_engine
 from vopd_server.errors import TeacherError
+from vopd_server.keys_command import run_keys
 from vopd_server.lifecycle import serve
 from vopd_server.logs import configure_logging
+from vopd_server.version import SERVER_VERSION
 from vopd_settings import SettingsError, load_settings
 
 ENV_PREFIX = "VOPD_SERVER_"
@@ -70,6 +71,7 @@ def _print_line(line: str) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "serve": ("score students' completions over gRPC and HTTP", run_serve),
     "check": ("tell whether serve would start with the same settings", run_check),
+    "keys": ("create, list and revoke API keys", run_keys),
 }
 
 

@@ -53,13 +53,17 @@ Support = NoSupport | TeacherTopK | Candidates | HiddenStates
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreRequest:
-    """One completion to score, already validated when an engine sees it."""
+    """One completion to score, already validated when an engine sees it.
+
+    cache_salt: requests with different salts share nothing of what was computed for either.
+    """
 
     request_id: str
     context_ids: IntArray  # [C], C >= 1
     completion_ids: IntArray  # [T], T >= 0
     support: Support = field(default_factory=NoSupport)
     temperature: float = 1.0
+    cache_salt: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +102,8 @@ class HeadFile:
 class EngineInfo:
     """What an engine is and can do.
 
+    window_tokens: tokens that are best in the engine at a time: enough to keep it busy, and what it holds at most.
+    max_batch_tokens: of one forward; 0 where that is not known.
     head: where it is given away; `supports` then holds hidden_states, and otherwise does not.
     """
 
@@ -112,6 +118,8 @@ class EngineInfo:
     supports: frozenset[SupportKind]
     any_temperature: bool
     deterministic: bool
+    window_tokens: int
+    max_batch_tokens: int = 0
     head: HeadFile | None = None
 
 

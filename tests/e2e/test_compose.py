@@ -21,7 +21,7 @@ MODEL = "/opt/vopd/models/smollm2-135m-instruct"
 
 def directories(place: Path, demo_model_dir: Path) -> dict[str, Path]:
     """Volumes and what the image holds, by their paths in the container."""
-    paths = {mount: place / mount.strip("/") for mount in ("/cache", "/runs")}
+    paths = {mount: place / mount.strip("/") for mount in ("/cache", "/runs", "/keys")}
     for directory in paths.values():
         directory.mkdir()
     return {**paths, "/run/secrets/hub_token": Path("/dev/null"), MODEL: demo_model_dir, "/opt/vopd": REPOSITORY}
@@ -41,12 +41,21 @@ def test_the_client_trains_against_the_cpu_teacher_which_then_drains(demo_model_
     assert not teacher.is_healthy()
     with teacher.start() as running:
         teacher.wait_until_healthy(running, timeout_s=120)
-        info = httpx2.get(f"http://127.0.0.1:{ports['VOPD_SERVER_HTTP_PORT']}/v1/info").json()
+        assert f"the key of tenant default is in {tmp_path}/keys/default.key" in running.log()
+        key = (tmp_path / "keys" / "default.key").read_text().strip()
+        url = f"http://127.0.0.1:{ports['VOPD_SERVER_HTTP_PORT']}/v1/info"
+        info = httpx2.get(url, headers={"Authorization": f"Bearer {key}"}).json()
         assert info["engine"] == "transformers"
         client = NativeContainer(services["client"], paths, {})
         # The name that the teacher has in the network of the containers.
         address = f"127.0.0.1:{ports['VOPD_SERVER_PORT']}"
         client.command = [word.replace("teacher-cpu:50051", address) for word in client.command]
+        without_key = {"VOPD_CLIENT_API_KEY_FILE": "None", "VOPD_CLIENT_NAME": "refused"}
+        stranger = NativeContainer(services["client"], paths, without_key)
+        stranger.command = client.command
+        with stranger.start() as refused:
+            assert refused.wait(120) != 0
+            assert "no API key came with the call" in refused.log()
         with client.start() as training:
             assert training.wait(300) == 0, training.log()
         assert running.terminate() == 0, running.log()

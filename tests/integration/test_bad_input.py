@@ -518,7 +518,7 @@ async def test_a_bug_of_the_server_is_an_internal_error_with_the_request_id(
         raise RuntimeError("secret detail")
 
     with monkeypatch.context() as patched:
-        patched.setattr(teacher.server.service, "score_batch", broken)
+        patched.setattr(teacher.server.service, "scored_batch", broken)
         request = score_request(CONTEXTS, [GOOD])
         request.request_id = "find-me"
         refusal = await refused(send(teacher.client, request))

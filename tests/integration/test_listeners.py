@@ -76,13 +76,16 @@ async def test_the_admin_listener_has_the_metrics_and_clients_do_not() -> None:
             if not line.startswith("#")
         }
         assert response.headers["content-type"].startswith("text/plain")
-        assert numbers['vopd_calls_total{code="OK",method="Score",transport="grpc"}'] == 1
-        assert numbers['vopd_calls_total{code="OK",method="Score",transport="http"}'] == 1
-        assert numbers['vopd_calls_total{code="INVALID_ARGUMENT",method="Score",transport="http"}'] == 1
-        assert numbers["vopd_sequences_scored_total"] == 3
-        assert numbers['vopd_tokens_total{part="context"}'] == 9
-        assert numbers['vopd_tokens_total{part="completion"}'] == 6
-        assert numbers['vopd_stage_seconds_sum{stage="engine"}'] == 1.5
+        assert numbers['vopd_calls_total{code="OK",method="Score",tenant="open",transport="grpc"}'] == 1
+        assert numbers['vopd_calls_total{code="OK",method="Score",tenant="open",transport="http"}'] == 1
+        assert numbers['vopd_calls_total{code="INVALID_ARGUMENT",method="Score",tenant="open",transport="http"}'] == 1
+        assert numbers['vopd_rejections_total{code="INVALID_ARGUMENT",tenant="open"}'] == 1
+        assert numbers['vopd_sequences_scored_total{tenant="open"}'] == 3
+        assert numbers['vopd_tokens_total{part="context",tenant="open"}'] == 9
+        assert numbers['vopd_tokens_total{part="completion",tenant="open"}'] == 6
+        assert numbers['vopd_stage_seconds_sum{stage="engine",tenant="open"}'] == 1.5
+        assert numbers['vopd_stage_seconds_count{stage="encode",tenant="open"}'] == 2
+        assert numbers['vopd_transport_bytes_total{direction="sent",tenant="open",transport="grpc"}'] > 0
         assert (numbers["vopd_ready"], numbers["vopd_reserved_tokens"]) == (1, 0)
         assert "process_resident_memory_bytes" in numbers
         assert (await teacher.client.http.get("/metrics")).status_code == 404

@@ -17,7 +17,7 @@ import trustme
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tiny_model import write_tiny_model
-from vopd_server.check import check, look_at_engine_args, sequence_length
+from vopd_server.check import check, look_at_engine_args, look_at_keys, sequence_length
 from vopd_server.config import ServerConfig
 from vopd_server.engines import model_files
 from vopd_server.errors import ConfigError
@@ -58,6 +58,7 @@ def test_a_good_configuration_is_summed_up(run: Run, tiny_model_dir: Path) -> No
     assert facts["sequences"] == "up to 32768 tokens (the model's own)"
     assert facts["tokenizer"].startswith("259 tokens, ")
     assert facts["TLS"] == "off"
+    assert facts["keys"] == "none: one open tenant"
     assert facts["listens"] == "gRPC 127.0.0.1:7, HTTP 127.0.0.1:8080, admin 127.0.0.1:9090"
 
 
@@ -247,6 +248,50 @@ def test_an_encrypted_key_is_refused_and_nobody_asked_for_its_password(
     (problem,) = tls_problems(cert, locked)
     assert problem.startswith(f"tls_cert_file {cert}, tls_key_file {locked}: ")
     assert capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- keys
+
+
+def add_key(path: Path, tenant_id: str) -> None:
+    assert main(["keys", "create", "--keys-file", str(path), tenant_id]) == 0
+
+
+def revoke_key(path: Path, tenant_id: str) -> None:
+    assert main(["keys", "revoke", "--keys-file", str(path), tenant_id]) == 0
+
+
+def test_tenants_and_revoked_keys_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "alice")
+    assert look_at_keys(config(keys_file=path)) == [("keys", f"{path}: 1 tenant")]
+    add_key(path, "bob")
+    add_key(path, "carol")
+    revoke_key(path, "bob")
+    assert look_at_keys(config(keys_file=path)) == [("keys", f"{path}: 2 tenants, 1 revoked key")]
+    revoke_key(path, "alice")
+    revoke_key(path, "carol")
+    assert look_at_keys(config(keys_file=path)) == [("keys", f"{path}: 0 tenants, 3 revoked keys")]
+
+
+def test_a_keys_file_that_cannot_be_read_is_one_line(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    flags = ["--model", str(tiny_model_dir), "--engine", "transformers", "--device", "cpu", "--keys-file", str(path)]
+    assert run(*flags) == (2, "", [f"vopd-server: keys file {path}: No such file or directory"])
+    path.write_text('{"version": 3, "keys": []}')
+    expected = f"vopd-server: keys file {path}: version: must be 1, the version that is read here"
+    assert run(*flags) == (2, "", [expected])
+
+
+def test_a_keys_file_that_serve_would_create_is_told_and_not_created(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    told = look_at_keys(config(keys_file=path, create_keys_file=True))
+    assert told == [("keys", f"{path}: serve creates it, with a key for the tenant default")]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match=r"keys.json: cannot be created, .*missing is missing or not ours to write"):
+        look_at_keys(config(keys_file=tmp_path / "missing" / "keys.json", create_keys_file=True))
+    add_key(path, "alice")
+    assert look_at_keys(config(keys_file=path, create_keys_file=True)) == [("keys", f"{path}: 1 tenant")]
 
 
 # ---------------------------------------------------------------- the engine

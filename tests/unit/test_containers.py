@@ -11,24 +11,31 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from docker.utils.build import exclude_paths
 from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel
 
 from conftest import REPOSITORY
 from containers import BIN, COMPOSE_FILE, Dockerfile, NativeContainer, compose, dockerfile_of
 from fake_engine import FakeEngine
 from vopd_client.config import TrainConfig
 from vopd_server.config import ServerConfig
+from vopd_server.key_ring import FIRST_TENANT_ID
 from vopd_server.lifecycle import TeacherServer
+from vopd_settings import load_settings
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 TEACHERS = ("teacher", "teacher-cpu")
 SERVICES = (*TEACHERS, "client")
+MONITORING = ("prometheus", "grafana")  # whose images are others'
 DOCKERFILES = sorted((REPOSITORY / "deploy").glob("*Dockerfile*"))
 SETTINGS = {"VOPD_SERVER_": ServerConfig, "VOPD_CLIENT_": TrainConfig}
 each_service = pytest.mark.parametrize("name", SERVICES)
+each_container = pytest.mark.parametrize("name", [*SERVICES, *MONITORING])
 each_teacher = pytest.mark.parametrize("name", TEACHERS)
 each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
 
@@ -44,8 +51,9 @@ def seconds(duration: str) -> float:
 
 
 def volumes(service: dict[str, Any]) -> dict[str, str]:
-    """Name of the volume by its directory in the container."""
-    return {target: source for source, target in (volume.split(":") for volume in service.get("volumes", []))}
+    """Name of the volume by its directory in the container; files of the repository are none."""
+    mounts = (volume.split(":") for volume in service.get("volumes", []))
+    return {target: source for source, target, *_ in mounts if not source.startswith("./")}
 
 
 def parsed(service: dict[str, Any], given: dict[str, str]) -> dict[str, Any]:
@@ -63,25 +71,55 @@ def test_the_compose_file_is_what_the_official_schema_allows() -> None:
 
 
 def test_only_the_teacher_starts_when_no_service_is_named(config: dict[str, Any]) -> None:
-    assert config["services"].keys() == set(SERVICES)
-    assert [name for name in SERVICES if not config["services"][name].get("profiles")] == ["teacher"]
+    assert config["services"].keys() == {*SERVICES, *MONITORING}
+    assert [name for name, service in config["services"].items() if not service.get("profiles")] == ["teacher"]
     # A service and what it depends on need a profile in common.
     teacher_cpu, client = (config["services"][name] for name in ("teacher-cpu", "client"))
     assert client["depends_on"]["teacher-cpu"]["condition"] == "service_healthy"
     assert set(client["profiles"]) <= set(teacher_cpu["profiles"])
 
 
-@each_service
+@each_container
 def test_a_container_has_no_rights_that_it_does_not_need(config: dict[str, Any], name: str) -> None:
     service = config["services"][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["init"] is True
-    assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "user"} & service.keys()
-    user, group = dockerfile_of(service).last("USER").split(":")
+    assert not {"privileged", "cap_add", "network_mode", "pid", "ipc"} & service.keys()
+    assert ("user" in service) == (name in MONITORING)
+    user, group = (service.get("user") or dockerfile_of(service).last("USER")).split(":")
     assert int(user) > 0
     assert group.isdigit()
+
+
+@pytest.mark.parametrize("name", MONITORING)
+def test_monitoring_reads_its_files_writes_to_its_volume_and_is_published_to_this_machine(
+    config: dict[str, Any], name: str
+) -> None:
+    service = config["services"][name]
+    assert service["profiles"] == ["monitoring"]
+    assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])
+    files = [volume.split(":") for volume in service["volumes"] if volume.startswith("./")]
+    assert files
+    assert [mode for _, _, *mode in files] == [["ro"]] * len(files)
+    assert all((REPOSITORY / source).exists() for source, _, _ in files)
+    assert list(volumes(service).values()) == [name]
+    assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
+    assert "secrets" not in service
+    [port] = service["ports"]
+    moved = compose(VOPD_PUBLISH="0.0.0.0", VOPD_PROMETHEUS_PORT="7000", VOPD_GRAFANA_PORT="7001")
+    assert port.startswith("127.0.0.1:")
+    assert moved["services"][name]["ports"] == [f"127.0.0.1:{7000 + MONITORING.index(name)}:{port.split(':')[2]}"]
+
+
+def test_grafana_shows_and_lets_nobody_change_anything(config: dict[str, Any]) -> None:
+    env = config["services"]["grafana"]["environment"]
+    assert (env["GF_AUTH_ANONYMOUS_ENABLED"], env["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    assert env["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert (env["GF_AUTH_BASIC_ENABLED"], env["GF_AUTH_DISABLE_LOGIN_FORM"]) == ("false", "true")
+    talks = [value for key, value in env.items() if re.search("REPORTING|CHECK_FOR|NEWS", key)]
+    assert talks == ["false"] * 4
 
 
 @each_service
@@ -90,15 +128,25 @@ def test_what_is_written_goes_to_a_volume_or_a_tmpfs(config: dict[str, Any], nam
     writable = {*volumes(service), *(mount.split(":")[0] for mount in service["tmpfs"])}
     assert "/tmp" in writable
     env = {**dockerfile_of(service).env, **service["environment"]}
-    places = {key: value for key, value in env.items() if re.search(r"(HOME|_DIR|_ROOT)$", key)}
+    places = {key: value for key, value in env.items() if re.search(r"(HOME|_DIR|_ROOT|_GOLDEN_FILE)$", key)}
     assert {"HOME", "HF_HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"} <= places.keys()
     assert [key for key, value in places.items() if f"/{value.split('/')[1]}" not in writable] == []
+
+
+@each_teacher
+def test_what_a_teacher_scored_outlives_its_container_unless_told(config: dict[str, Any], name: str) -> None:
+    def golden_file(config: dict[str, Any]) -> Path:
+        return Path(config["services"][name]["environment"]["VOPD_SERVER_GOLDEN_FILE"])
+
+    assert str(golden_file(config).parent) in volumes(config["services"][name])
+    assert golden_file(compose(VOPD_SERVER_GOLDEN_FILE="/cache/other.json")).name == "other.json"
+    assert str(golden_file(compose(VOPD_SERVER_GOLDEN_FILE="None"))) == "None"  # which the settings take for none
 
 
 def test_every_volume_and_secret_is_declared_and_every_declared_one_used(config: dict[str, Any]) -> None:
     services = config["services"].values()
     assert {source for service in services for source in volumes(service).values()} == config["volumes"].keys()
-    assert {secret for service in services for secret in service["secrets"]} == config["secrets"].keys()
+    assert {secret for service in services for secret in service.get("secrets", [])} == config["secrets"].keys()
 
 
 @each_service
@@ -177,6 +225,31 @@ def test_the_model_of_each_teacher_and_the_student_are_variables(config: dict[st
         assert run.endswith("chmod -R a+rX models")  # safetensors lets only the owner read, who is root here
 
 
+def test_the_teachers_ask_for_keys_and_the_client_reads_its_own_from_their_volume(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)  # the client's command names a file of the repository
+    for name in TEACHERS:
+        server = settings_of(config["services"][name], ServerConfig, monkeypatch)
+        assert server.keys_file == Path("/keys/keys.json")
+        assert server.create_keys_file
+        assert not server.open
+        assert volumes(config["services"][name])["/keys"] == "keys"
+    client = settings_of(config["services"]["client"], TrainConfig, monkeypatch)
+    assert client.api_key_file == server.keys_file.with_name(f"{FIRST_TENANT_ID}.key")
+    assert client.plaintext  # teacher-cpu is no loopback address
+    assert "keys:/keys:ro" in config["services"]["client"]["volumes"]
+
+
+def settings_of(service: dict[str, Any], settings: type[Settings], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the service's command line and environment set. Raises: SettingsError."""
+    with monkeypatch.context() as patch:
+        for name, value in service["environment"].items():
+            patch.setenv(name, value)
+        prefix = next(prefix for prefix, model in SETTINGS.items() if model is settings)
+        return load_settings(settings, service["command"][1:], prog="test", env_prefix=prefix)
+
+
 def test_the_hub_token_is_a_file_and_optional(config: dict[str, Any], tmp_path: Path) -> None:
     read = "from huggingface_hub import get_token; print(get_token())"
     token_file = tmp_path / "token"
@@ -227,7 +300,7 @@ def test_hadolint_finds_nothing(path: Path) -> None:
 
 
 def test_every_dockerfile_is_a_services(config: dict[str, Any]) -> None:
-    builds = [service["build"] for service in config["services"].values()]
+    builds = [config["services"][name]["build"] for name in SERVICES]
     assert {REPOSITORY / build["dockerfile"] for build in builds} == set(DOCKERFILES)
     assert {Path(build["context"]) for build in builds} == {REPOSITORY}
 

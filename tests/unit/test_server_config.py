@@ -12,6 +12,8 @@ from vopd_proto import MAX_MESSAGE_BYTES
 from vopd_server.config import ServerConfig, is_loopback
 from vopd_settings import SettingsError, load_settings
 
+TLS_FILES = {"tls_cert_file": "c", "tls_key_file": "k"}
+
 
 def config(**settings: Any) -> ServerConfig:
     return ServerConfig(model="m", **settings)
@@ -35,8 +37,16 @@ def test_every_setting_says_what_it_is() -> None:
             {"max_message_bytes": 2**20 + 2**12, "max_top_k": 200_000},
             "max_message_bytes 1052672 < 1601288, .* max_top_k 200000",
         ),
-        ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines .* --open"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines.* no API keys .* --keys-file .* --open"),
         ({"host": "teacher.example"}, "host teacher.example can be reached"),
+        ({"host": "0.0.0.0", "plaintext": True}, "no API keys are asked for"),
+        ({"host": "0.0.0.0", "admin_open": True}, "no API keys are asked for"),
+        ({"host": "0.0.0.0", **TLS_FILES}, "no API keys are asked for"),
+        ({"host": "0.0.0.0", "keys_file": "k"}, "API keys would travel unencrypted: .* --tls-cert-file .* --plaintext"),
+        ({"admin_host": "0.0.0.0"}, "admin_host 0.0.0.0 can be reached .* asks for no key: add --admin-open"),
+        ({"admin_host": "0.0.0.0", "keys_file": "k", "plaintext": True}, "add --admin-open"),
+        ({"keys_file": "k", "open": True}, "open serves everyone, keys_file those who have a key: leave one"),
+        ({"create_keys_file": True}, "create_keys_file needs a keys_file"),
         ({"port": 65_536}, "less than or equal to 65535"),
         ({"max_topk": 5}, "Extra inputs are not permitted"),
     ],
@@ -46,8 +56,20 @@ def test_settings_that_do_not_go_together_are_refused_with_the_numbers(settings:
         config(**settings)
 
 
-def test_strangers_are_served_when_told() -> None:
-    assert config(host="0.0.0.0", open=True).open
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"host": "0.0.0.0", "admin_host": "0.0.0.0", "open": True},
+        {"host": "0.0.0.0", "keys_file": "k", "plaintext": True},
+        {"host": "0.0.0.0", "keys_file": "k", **TLS_FILES},
+        {"host": "0.0.0.0", "keys_file": "k", "plaintext": True, **TLS_FILES},
+        {"host": "localhost", "keys_file": "k", "create_keys_file": True},
+        {"admin_host": "0.0.0.0", "admin_open": True},
+        {"admin_host": "0.0.0.0", "admin_open": True, "keys_file": "k"},
+    ],
+)
+def test_other_machines_are_served_by_key_and_encrypted_or_as_told(settings: dict[str, Any]) -> None:
+    assert config(**settings).model_dump(include=settings.keys(), mode="json") == settings
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fake_engine import FakeEngine, fake_logprobs_TV, until
-from vopd_server.admission import Admission, TokenBudget
+from open_service import open_service, reserved_tokens, take
 from vopd_server.concurrency import deadline, task_group
 from vopd_server.errors import (
     DeadlineError,
@@ -22,6 +22,7 @@ from vopd_server.errors import (
     UnsupportedError,
 )
 from vopd_server.service import TeacherService
+from vopd_server.tenancy import OPEN_TENANT
 from vopd_server.types import HiddenStates, NoSupport, ScoreRequest, Scores
 from vopd_server.validation import Limits, SequenceShape
 
@@ -31,7 +32,7 @@ LIMITS = Limits(
 
 
 async def started_service(engine: FakeEngine, queue_tokens: int = 100) -> TeacherService:
-    service = TeacherService(engine, LIMITS, Admission(TokenBudget(queue_tokens)))
+    service = open_service(engine, LIMITS, queue_tokens=queue_tokens)
     await service.start()
     return service
 
@@ -51,8 +52,8 @@ def shapes(asked: Sequence[ScoreRequest]) -> list[SequenceShape]:
 
 
 async def score(service: TeacherService, asked: list[ScoreRequest], temperature: float = 1.0) -> list[Scores]:
-    scored = await service.score_batch(shapes(asked), lambda: asked, temperature=temperature)
-    return [scores for _, scores in scored]
+    async with service.scored_batch(OPEN_TENANT, shapes(asked), lambda: asked, temperature=temperature) as scored:
+        return [scores for _, scores in scored]
 
 
 async def test_sequences_of_a_batch_are_in_the_engine_together_and_answered_in_order() -> None:
@@ -62,13 +63,13 @@ async def test_sequences_of_a_batch_are_in_the_engine_together_and_answered_in_o
     asked = requests([5, 6], [], [7])
     scoring = asyncio.create_task(score(service, asked))
     await until(lambda: engine.num_running == 2)
-    assert service.admission.budget.reserved_tokens == 9
+    assert reserved_tokens(service) == 9
     engine.let_go()
     for request, scores in zip(asked, await scoring, strict=True):
         expected_TV = fake_logprobs_TV(request.context_ids, request.completion_ids)
         rows = np.arange(len(request.completion_ids))
         assert np.array_equal(scores.sampled_logprobs_T, expected_TV[rows, request.completion_ids])
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_the_first_failure_cancels_the_rest_and_is_raised_as_it_is() -> None:
@@ -79,7 +80,7 @@ async def test_the_first_failure_cancels_the_rest_and_is_raised_as_it_is() -> No
     with pytest.raises(EngineError, match="broken"):
         await score(service, requests([5], [9], [6]))
     assert engine.num_running == 0
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_a_wrong_sequence_keeps_the_whole_batch_from_the_engine() -> None:
@@ -88,20 +89,21 @@ async def test_a_wrong_sequence_keeps_the_whole_batch_from_the_engine() -> None:
     with pytest.raises(InvalidRequestError, match=r"sequences\[1\].completion_ids: id 300"):
         await score(service, requests([5], [300]))
     assert engine.requests == []
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_nothing_is_unpacked_before_it_is_admitted() -> None:
     service = await started_service(FakeEngine())
-    service.admission.enter_now(99)
+    take(service, 99)
 
     def unpack() -> list[ScoreRequest]:
         raise AssertionError("unpacked")
 
     with pytest.raises(OverloadedError) as refused:
-        await service.score_batch([SequenceShape("s", 1, 1)], unpack, temperature=1.0)
+        async with service.scored_batch(OPEN_TENANT, [SequenceShape("s", 1, 1)], unpack, temperature=1.0):
+            raise AssertionError("scored")
     assert refused.value.retry_delay_s
-    assert service.admission.budget.reserved_tokens == 99
+    assert reserved_tokens(service) == 99
 
 
 async def test_what_the_engine_did_not_mean_to_raise_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,12 +129,14 @@ async def test_hidden_states_of_another_size_than_the_models_are_an_error() -> N
     service = await started_service(engine)
     asked = dataclasses.replace(requests([5, 6])[0], support=HiddenStates())
     shape = SequenceShape("s", 2, 2, kind="hidden_states")
-    (answered,) = await service.score_batch([shape], lambda: [asked], temperature=1.0)
+    async with service.scored_batch(OPEN_TENANT, [shape], lambda: [asked], temperature=1.0) as scored:
+        (answered,) = scored
     assert answered[1].hidden_states_TH is not None
     too_narrow = dataclasses.replace(answered[1], hidden_states_TH=answered[1].hidden_states_TH[:, 1:])
     engine.answer(lambda _: too_narrow)
     with pytest.raises(EngineError, match=r"hidden states of shape \(2, 7\); \(2, 8\) was asked for"):
-        await service.score_batch([shape], lambda: [asked], temperature=1.0)
+        async with service.scored_batch(OPEN_TENANT, [shape], lambda: [asked], temperature=1.0):
+            raise AssertionError("scored")
     await service.close()
 
 
@@ -153,13 +157,13 @@ async def test_the_head_is_the_engines_or_refused_by_naming_what_there_is() -> N
 
 async def test_calls_are_refused_while_starting_and_while_draining() -> None:
     engine = FakeEngine()
-    service = TeacherService(engine, LIMITS, Admission(TokenBudget(100)))
-    with pytest.raises(UnavailableError, match="loading") as starting, service.call():
+    service = open_service(engine, LIMITS, queue_tokens=100)
+    with pytest.raises(UnavailableError, match="loading") as starting, service.call(OPEN_TENANT):
         pass
     await service.start()
-    with service.call():
+    with service.call(OPEN_TENANT):
         service.drain()
-        with pytest.raises(UnavailableError, match="shutting down") as draining, service.call():
+        with pytest.raises(UnavailableError, match="shutting down") as draining, service.call(OPEN_TENANT):
             pass
     assert starting.value.retry_delay_s
     assert draining.value.retry_delay_s
@@ -167,8 +171,8 @@ async def test_calls_are_refused_while_starting_and_while_draining() -> None:
 
 async def test_draining_waits_for_the_last_call() -> None:
     service = await started_service(FakeEngine())
-    with service.call():
-        with service.call():
+    with service.call(OPEN_TENANT):
+        with service.call(OPEN_TENANT):
             service.drain()
             idle = asyncio.create_task(service.wait_until_idle())
         await asyncio.sleep(0)

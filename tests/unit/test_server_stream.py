@@ -9,11 +9,12 @@ import pytest
 from google.protobuf.message import Message
 
 from fake_engine import ENGINE_TIME_S, QUEUE_TIME_S, FakeEngine, until
+from open_service import num_held, open_service, reserved_tokens, take
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.admission import Admission, TokenBudget
 from vopd_server.errors import DeadlineError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.grpc_stream import ScoreStream, StreamContexts
 from vopd_server.service import TeacherService
+from vopd_server.tenancy import OPEN_TENANT
 from vopd_server.validation import Limits
 from wire_client import Question, stream_context, stream_sequence, stream_settings
 
@@ -42,7 +43,7 @@ class Wire:
         self.is_read = asyncio.Event()
         self.is_read.set()
         self.send(*messages)
-        self.stream = ScoreStream(service, self._read, self._write, answer_timeout_s=answer_timeout_s)
+        self.stream = ScoreStream(service, OPEN_TENANT, self._read, self._write, answer_timeout_s=answer_timeout_s)
 
     def send(self, *messages: Message | bytes | None) -> None:
         for message in messages:
@@ -65,7 +66,7 @@ class Wire:
 
 
 async def started_service(engine: FakeEngine, queue_tokens: int = 100) -> TeacherService:
-    service = TeacherService(engine, LIMITS, Admission(TokenBudget(queue_tokens)))
+    service = open_service(engine, LIMITS, queue_tokens=queue_tokens)
     await service.start()
     return service
 
@@ -76,14 +77,14 @@ async def test_a_stream_over_the_budget_is_held_back_and_nothing_of_it_refused()
     engine.hold()
     wire = Wire(service, *OPENING, *(sequence(str(index), 30) for index in range(5)), None)
     running = asyncio.create_task(wire.stream.run())
-    await until(lambda: engine.num_running == 2 and service.admission.budget.num_waiting == 1)
+    await until(lambda: engine.num_running == 2 and num_held(service) == 1)
     assert wire.sent.qsize() == 3, "the third waits; what is behind it has not been read"
-    assert service.admission.budget.reserved_tokens == 60
+    assert reserved_tokens(service) == 60
     engine.let_go()
     await running
     assert sorted(wire.names("chunk")) == ["0", "1", "2", "3", "4"]
     assert wire.names("failure") == []
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_answers_return_as_they_finish_and_the_request_id_is_told_first() -> None:
@@ -103,10 +104,10 @@ async def test_answers_return_as_they_finish_and_the_request_id_is_told_first() 
 async def test_the_queue_time_of_an_answer_holds_the_engines_and_the_time_it_was_held_back() -> None:
     engine = FakeEngine()
     service = await started_service(engine, queue_tokens=64)
-    blocker = service.admission.enter_now(64)
+    blocker = take(service, 64)
     wire = Wire(service, *OPENING, sequence("held"), sequence("not held"), None)
     running = asyncio.create_task(wire.stream.run())
-    await until(lambda: service.admission.budget.num_waiting == 1)
+    await until(lambda: num_held(service) == 1)
     await asyncio.sleep(0.05)
     service.admission.leave(blocker, answered=False)
     await running
@@ -127,7 +128,7 @@ async def test_a_sequence_that_fails_leaves_the_stream_open() -> None:
     failures = {answer.failure.sequence_id: answer.failure for answer in wire.answers if answer.HasField("failure")}
     assert failures["bad"].code == 13
     assert (failures["too long"].code, failures["too long"].field) == (3, "sequence")
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_a_client_that_reads_no_answers_is_ended_and_gives_its_tokens_back() -> None:
@@ -139,7 +140,7 @@ async def test_a_client_that_reads_no_answers_is_ended_and_gives_its_tokens_back
     wire.send(sequence("a"), sequence("b"))
     with pytest.raises(DeadlineError, match=r"left unread for 0\.05 s"):
         await running
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_draining_answers_what_was_read_and_sends_the_client_elsewhere_with_the_rest() -> None:
@@ -148,7 +149,7 @@ async def test_draining_answers_what_was_read_and_sends_the_client_elsewhere_wit
     engine.hold()
     wire = Wire(service, *OPENING, sequence("in", 40), sequence("held back", 40), sequence("late"))
     running = asyncio.create_task(wire.stream.run())
-    await until(lambda: engine.num_running == 1 and service.admission.budget.num_waiting == 1)
+    await until(lambda: engine.num_running == 1 and num_held(service) == 1)
     service.drain()
     engine.let_go()
     with pytest.raises(UnavailableError, match="shutting down"):
@@ -157,7 +158,7 @@ async def test_draining_answers_what_was_read_and_sends_the_client_elsewhere_wit
     (late,) = [answer.failure for answer in wire.answers if answer.HasField("failure")]
     assert (late.sequence_id, late.code) == ("late", 14)
     assert late.retry_delay_s > 0
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_draining_ends_a_stream_that_has_nothing_to_say() -> None:
@@ -193,7 +194,7 @@ async def test_what_the_client_was_about_to_send_is_heard_before_an_error_is_tol
     with pytest.raises(InvalidRequestError, match="temperature"):
         await wire.stream.run()
     assert wire.sent.empty()
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 async def test_a_stream_that_had_been_sent_whole_ends_well_while_draining() -> None:
@@ -222,8 +223,7 @@ async def test_a_stream_that_is_cancelled_at_any_step_gives_everything_back(step
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    budget = service.admission.budget
-    assert (budget.reserved_tokens, budget.num_waiting, engine.num_running) == (0, 0, 0)
+    assert (reserved_tokens(service), num_held(service), engine.num_running) == (0, 0, 0)
     assert engine.num_cancelled == len(engine.requests)
 
 
@@ -247,7 +247,7 @@ async def test_a_message_that_makes_no_sense_ends_the_stream(
     with pytest.raises(InvalidRequestError) as refused:
         await Wire(service, *messages).stream.run()
     assert refused.value.field.startswith(field)
-    assert service.admission.budget.reserved_tokens == 0
+    assert reserved_tokens(service) == 0
 
 
 # ---------------------------------------------------------------- contexts

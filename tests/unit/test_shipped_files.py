@@ -37,3 +37,8 @@ def test_the_teachers_settings_parse_and_leave_systemd_time_to_drain() -> None:
     assert float(unit["Service"]["TimeoutStopSec"]) > config.drain_timeout_s
     # By default systemd sends SIGTERM to vLLM's processes as well, and they abort what is to be finished.
     assert unit["Service"]["KillMode"] == "mixed"
+    # Whatever is a cache may be cleared.
+    environment = dict(pair.split("=", 1) for pair in unit["Service"]["Environment"].split())
+    assert environment["VOPD_SERVER_GOLDEN_FILE"].startswith(f"/var/lib/{unit['Service']['StateDirectory']}/")
+    caches = {environment[name] for name in ("HOME", "HF_HOME")}
+    assert caches == {f"/var/cache/{unit['Service']['CacheDirectory']}"}

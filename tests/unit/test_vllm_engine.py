@@ -69,7 +69,9 @@ class TestPrefixCache:
             asked = request(CONTEXT, [first, *range(9)], support)
             assert_exact(asked, await engine.score(asked))
         assert len(fake.asked) == 6
-        assert engine.stats == VllmStats(requests=6)
+        reused = 5 * BLOCK_SIZE * (len(CONTEXT) // BLOCK_SIZE)
+        assert engine.stats == VllmStats(requests=6, tokens_reused=reused)
+        assert engine.counters.context_tokens_reused == reused
 
     async def test_concurrent_rollouts_with_a_common_opening_are_exact_and_asked_once(
         self, runner: str, support: Support, start: Start

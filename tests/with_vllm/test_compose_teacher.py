@@ -20,17 +20,19 @@ def test_it_gets_healthy_scores_with_vllm_and_drains(demo_model_dir: Path, tmp_p
         VOPD_SERVER_MAX_CONTEXT_LENGTH="512",
         VOPD_SERVER_ENGINE_ARGS=json.dumps(ENGINE_ARGS),
     )["services"]["teacher"]
-    cache = tmp_path / "cache"
+    cache, keys = tmp_path / "cache", tmp_path / "keys"
     cache.mkdir()
-    paths = {"/cache": cache, "/run/secrets/hub_token": Path("/dev/null"), "/opt/vopd": REPOSITORY}
+    keys.mkdir()
+    paths = {"/cache": cache, "/keys": keys, "/run/secrets/hub_token": Path("/dev/null"), "/opt/vopd": REPOSITORY}
     ports = teacher_ports()
     teacher = NativeContainer(service, paths, ports)
     url = f"http://127.0.0.1:{ports['VOPD_SERVER_HTTP_PORT']}"
     with teacher.start() as running:
         teacher.wait_until_healthy(running, timeout_s=300)
-        info = httpx2.get(f"{url}/v1/info").json()
+        headers = {"Authorization": f"Bearer {(keys / 'default.key').read_text().strip()}"}
+        info = httpx2.get(f"{url}/v1/info", headers=headers).json()
         assert (info["engine"], info["model_id"]) == ("vllm", str(demo_model_dir))
         body = {"contexts": [[504, 3575, 282, 4649, 314]], "sequences": [{"completion_ids": [7042, 30]}]}
-        answer = httpx2.post(f"{url}/v1/score", json=body, timeout=60)
+        answer = httpx2.post(f"{url}/v1/score", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
         assert running.terminate() == 0, running.log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from vopd_server.errors import EngineDeadError
+from vopd_server.status import EngineCounters
 from vopd_server.types import EngineInfo, ScoreRequest, Scores, TokenizerInfo
 
 
@@ -23,6 +24,9 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> TokenizerInfo: ...
+
+    @property
+    def counters(self) -> EngineCounters: ...
 
     async def start(self) -> None:
         """Loads, warms up; returns when the first request can be scored."""

@@ -31,8 +31,8 @@ _PAD_ID = 0  # any id that the embedding has; what is computed at pads is never 
 
 
 def context_key(request: ScoreRequest) -> bytes:
-    """Equal for equal contexts, and for no others."""
-    return np.ascontiguousarray(request.context_ids, np.int64).tobytes()
+    """Equal for equal contexts that may be shared, and for no others."""
+    return request.cache_salt.encode() + b"\0" + np.ascontiguousarray(request.context_ids, np.int64).tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from vopd_server.engines.loading import DtypeName, choose_device, load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
 from vopd_server.engines.warm_up import warm_up
 from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.status import EngineCounters
 from vopd_server.types import (
     EngineInfo,
     HeadFile,
@@ -156,6 +157,15 @@ class TransformersEngine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    @property
+    def counters(self) -> EngineCounters:
+        return EngineCounters(
+            batches=self._stats.forwards,
+            batch_tokens=self._stats.tokens_forwarded,
+            padding_tokens=self._stats.padding_tokens,
+            context_tokens_reused=self._stats.context_tokens_reused,
+        )
+
     async def start(self) -> None:
         """Loads the model in the worker thread and compares it with itself; see `probe`, and on accelerators `warm_up`.
 
@@ -185,6 +195,10 @@ class TransformersEngine:
             supports=frozenset(supports),
             any_temperature=True,
             deterministic=self._deterministic,
+            # One forward's worth: while it runs the rest is where fairness decides, and what comes next is there
+            # before the event loop has given these answers out.
+            window_tokens=self._max_batch_tokens,
+            max_batch_tokens=self._max_batch_tokens,
             head=head,
         )
         self._dispatcher = asyncio.create_task(self._dispatch(), name="vopd-engine-dispatcher")

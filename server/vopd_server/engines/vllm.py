@@ -21,6 +21,7 @@ from vopd_server.engines.vllm_probe import has_token_ids
 from vopd_server.engines.vllm_requests import RecentOpenings, scoring_arguments
 from vopd_server.engines.vllm_scores import UnusableAnswerError, read_scores, times_s
 from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
+from vopd_server.status import EngineCounters
 from vopd_server.types import (
     EngineInfo,
     ScoreRequest,
@@ -39,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 # A process that dies while it is asked whether it lives never answers.
 _DEATH_POLL_S = 0.5
-# Prefixes are shared under one salt: everybody's, as long as there is one tenant. A salt a tenant keeps tenants
-# from learning by timing what others have asked.
-_CACHE_SALT = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,7 @@ class VllmStats:
     requests: int = 0
     cache_reads_off: int = 0  # foreseen to find their own completion in the prefix cache
     asked_again: int = 0  # refused at first: it was there all the same, or a preemption made that possible
+    tokens_reused: int = 0  # found in the prefix cache
 
 
 class VllmEngine:
@@ -134,6 +133,10 @@ class VllmEngine:
     def stats(self) -> VllmStats:
         return self._stats
 
+    @property
+    def counters(self) -> EngineCounters:
+        return EngineCounters(context_tokens_reused=self._stats.tokens_reused)
+
     # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
@@ -165,6 +168,8 @@ class VllmEngine:
             supports=frozenset(supports),
             any_temperature=False,
             deterministic=False,
+            window_tokens=facts.window_tokens,
+            max_batch_tokens=facts.max_batch_tokens,
         )
 
     async def check(self) -> None:
@@ -249,7 +254,7 @@ class VllmEngine:
         ask = partial(self._ask, backend, request, has_token_ids=self._has_token_ids)
         self._stats = replace(self._stats, requests=self._stats.requests + 1)
         try:
-            if self._openings.meet(request, salt=_CACHE_SALT):
+            if self._openings.meet(request, salt=request.cache_salt):
                 self._stats = replace(self._stats, cache_reads_off=self._stats.cache_reads_off + 1)
             else:
                 try:
@@ -272,9 +277,11 @@ class VllmEngine:
             np.concatenate((request.context_ids, request.completion_ids)).tolist(),
             scoring_arguments(request, has_token_ids=has_token_ids),
             read_cache=read_cache,
-            salt=_CACHE_SALT,
+            salt=request.cache_salt,
         )
         scores = read_scores(request, answer, read_cache=read_cache, vocab_size=backend.facts.vocab_size)
+        reused = self._stats.tokens_reused + (answer.num_cached_tokens or 0)
+        self._stats = replace(self._stats, tokens_reused=reused)
         queue_time_s, engine_time_s = times_s(answer)
         return replace(scores, queue_time_s=queue_time_s, engine_time_s=engine_time_s)
 

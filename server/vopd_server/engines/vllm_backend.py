@@ -48,7 +48,10 @@ EXIT_GRACE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class BackendFacts:
-    """What is known once the model runs. block_size: tokens a block of the prefix cache."""
+    """What is known once the model runs.
+
+    block_size: tokens a block of the prefix cache. max_batch_tokens: of one step. window_tokens: see EngineInfo.
+    """
 
     version: str
     revision: str
@@ -57,6 +60,8 @@ class BackendFacts:
     hidden_size: int
     max_model_len: int
     block_size: int
+    max_batch_tokens: int
+    window_tokens: int
     tokenizer: TokenizerInfo
 
 
@@ -194,9 +199,23 @@ def launch(settings: LaunchSettings) -> VllmBackend:
         hidden_size=model_config.get_hidden_size(),
         max_model_len=model_config.max_model_len,
         block_size=config.cache_config.block_size,
+        max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
+        window_tokens=window_tokens(
+            max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        ),
         tokenizer=tokenizer,
     )
     return VllmBackend(llm, facts)
+
+
+def window_tokens(*, max_batch_tokens: int, kv_cache_tokens: int) -> int:
+    """Two steps' worth, one that runs and one to follow at once; never more than the KV cache holds, or vLLM preempts.
+
+    kv_cache_tokens: 0 where vLLM does not tell.
+    """
+    two_steps = 2 * max_batch_tokens
+    return min(two_steps, kv_cache_tokens) if kv_cache_tokens else two_steps
 
 
 def _end(llm: AsyncLLM, processes: list[psutil.Process]) -> None:
