@@ -187,15 +187,39 @@ class StreamOpened(_message.Message):
     model_revision: str
     def __init__(self, request_id: _Optional[str] = ..., model_revision: _Optional[str] = ...) -> None: ...
 
+class StreamWaiting(_message.Message):
+    __slots__ = ("reason", "message")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNKNOWN: _ClassVar[StreamWaiting.Reason]
+        QUEUE_BOUND: _ClassVar[StreamWaiting.Reason]
+        TURN: _ClassVar[StreamWaiting.Reason]
+        TOKENS_IN_FLIGHT: _ClassVar[StreamWaiting.Reason]
+        TOKENS_PER_MINUTE: _ClassVar[StreamWaiting.Reason]
+        ENGINE: _ClassVar[StreamWaiting.Reason]
+    UNKNOWN: StreamWaiting.Reason
+    QUEUE_BOUND: StreamWaiting.Reason
+    TURN: StreamWaiting.Reason
+    TOKENS_IN_FLIGHT: StreamWaiting.Reason
+    TOKENS_PER_MINUTE: StreamWaiting.Reason
+    ENGINE: StreamWaiting.Reason
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: StreamWaiting.Reason
+    message: str
+    def __init__(self, reason: _Optional[_Union[StreamWaiting.Reason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
 class ScoreStreamResponse(_message.Message):
-    __slots__ = ("opened", "chunk", "failure")
+    __slots__ = ("opened", "chunk", "failure", "waiting")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     opened: StreamOpened
     chunk: ScoreChunk
     failure: ScoreFailure
-    def __init__(self, opened: _Optional[_Union[StreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[ScoreChunk, _Mapping]] = ..., failure: _Optional[_Union[ScoreFailure, _Mapping]] = ...) -> None: ...
+    waiting: StreamWaiting
+    def __init__(self, opened: _Optional[_Union[StreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[ScoreChunk, _Mapping]] = ..., failure: _Optional[_Union[ScoreFailure, _Mapping]] = ..., waiting: _Optional[_Union[StreamWaiting, _Mapping]] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ()

@@ -18,9 +18,10 @@ from vopd_server.config import ServerConfig
 from vopd_server.engine_choice import EngineName, check_installed, choose_engine
 from vopd_server.engines.vllm_arguments import check_engine_args
 from vopd_server.errors import ConfigError
+from vopd_server.golden_record import check_golden_file
 from vopd_server.key_ring import FIRST_TENANT_ID
 from vopd_server.key_storage import read_key_file
-from vopd_server.lifecycle import tls_files
+from vopd_server.lifecycle import check_tenants, tls_files
 
 if TYPE_CHECKING:
     from vopd_server.engines.model_files import ModelFiles
@@ -50,6 +51,7 @@ def check(config: ServerConfig) -> Report:
         look_at_engine_args,
         look_at_tls,
         look_at_keys,
+        look_at_golden_file,
         look_at_model,
         look_at_device,
         look_at_ports,
@@ -98,7 +100,17 @@ def look_at_keys(config: ServerConfig) -> Facts:
         if not os.access(path.parent, os.W_OK):
             raise ConfigError(f"keys file {path}: cannot be created, {path.parent} is missing or not ours to write")
         return [("keys", f"{path}: serve creates it, with a key for the tenant {FIRST_TENANT_ID}")]
-    return [("keys", f"{path}: {read_key_file(path).summary}")]
+    file = read_key_file(path)
+    check_tenants(config, [key.tenant for key in file.active])
+    return [("keys", f"{path}: {file.summary}")]
+
+
+def look_at_golden_file(config: ServerConfig) -> Facts:
+    """Raises: ConfigError for a file that is broken or cannot be written."""
+    if config.golden_file is None:
+        return [("probe", "the golden sequence with itself; nothing is kept for later starts")]
+    check_golden_file(config.golden_file)
+    return [("probe", f"the golden sequence with itself, and with earlier starts in {config.golden_file}")]
 
 
 def look_at_model(config: ServerConfig) -> Facts:

@@ -143,10 +143,10 @@ class ServerConfig(BaseModel):
         description="Seconds in which the engine answers nothing, after which the watchdog has it score its probe.",
     )
     engine_hang_timeout_s: float = Field(
-        120.0,
+        300.0,
         gt=0,
         description="Seconds without any answer of the engine, nor to the watchdog's probe, after which it counts as "
-        "hung and the process ends.",
+        "hung and the process ends. Longer than the longest forward takes.",
     )
 
     # --- what is written

@@ -39,6 +39,7 @@ MAX_CONTEXTS = 4096  # kept for one stream at a time
 # How long a stream that ends early still reads. A grpc.aio client that is writing when the status arrives tells
 # its caller "INTERNAL: Internal error from Core" instead of it (https://github.com/grpc/grpc/issues/36066).
 LAST_WORDS_S = 0.5
+TELL_WHY_EVERY_S = 2.0
 
 Read = Callable[[], Awaitable[bytes | None]]  # None: the client sends no more
 Write = Callable[[pb.ScoreStreamResponse], Awaitable[None]]
@@ -107,6 +108,8 @@ class ScoreStream:
         self._contexts = StreamContexts(max_contexts=MAX_CONTEXTS, max_tokens=service.queue_tokens_of(tenant))
         self._settings = pb.StreamSettings()
         self._num_answers_due = 0
+        self._is_held = False  # the sequence that was read last
+        self._last_sent_s = time.monotonic()
         self._no_answers_due = asyncio.Event()
         self._no_answers_due.set()
         self.request_id = ""
@@ -125,12 +128,14 @@ class ScoreStream:
             async with task_group() as answers:
                 reading = answers.create_task(self._read_all(answers))
                 draining = answers.create_task(self._service.wait_for_drain())
+                telling = answers.create_task(self._tell_why_it_waits())
                 await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
                 draining.cancel()
+                await self._no_answers_due.wait()
                 if not reading.done():
-                    await self._no_answers_due.wait()
                     await asyncio.wait({reading}, timeout=LAST_WORDS_S)
                 is_cut_off = reading.cancel()
+                telling.cancel()
         except (InvalidRequestError, UnsupportedError, UnauthenticatedError):
             await self._hear_out()
             raise
@@ -183,6 +188,7 @@ class ScoreStream:
             check_no_unknown_fields(message)
             context_ids = self._contexts.find(sequence.context_index)
             shape = shape_of(sequence, field="sequence", num_context_ids=len(context_ids))
+            self._is_held = True
             ticket = await self._service.admit(self._tenant, shape, temperature_of(self._settings))
         except UnauthenticatedError:
             raise  # the key was revoked: nothing more of this stream is answered
@@ -190,6 +196,8 @@ class ScoreStream:
             # Draining cancels who reads; what is half written must be finished for the next write to work.
             await asyncio.shield(answers.create_task(self._send_failure(sequence.sequence_id, error)))
             return
+        finally:
+            self._is_held = False
         held_s = time.monotonic() - arrived_s
         self._num_answers_due += 1
         self._no_answers_due.clear()
@@ -226,10 +234,19 @@ class ScoreStream:
         self.num_tokens += shape.num_tokens
         return True
 
+    async def _tell_why_it_waits(self) -> None:
+        """Every few seconds in which there is nothing else to send, and something is owed."""
+        while True:
+            await asyncio.sleep(TELL_WHY_EVERY_S)
+            is_quiet = time.monotonic() - self._last_sent_s >= TELL_WHY_EVERY_S
+            if is_quiet and (self._num_answers_due or self._is_held) and not self._writing.locked():
+                await self._send(pb.ScoreStreamResponse(waiting=self._service.why_waiting(self._tenant)))
+
     async def _send(self, response: pb.ScoreStreamResponse) -> None:
         """One message at a time. Raises: DeadlineError when the client does not take it."""
         async with self._writing, unread_timeout(self._answer_timeout_s):
             await self._write(response)
+        self._last_sent_s = time.monotonic()
 
     async def _send_failure(self, sequence_id: str, error: TeacherError) -> None:
         self._service.rejected(self._tenant.id, status_code(error).name)

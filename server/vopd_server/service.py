@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
 
+from vopd_proto import teacher_pb2 as pb
 from vopd_server.admission import Admission
 from vopd_server.concurrency import first_done, raise_result, task_group
 from vopd_server.demand import demand_of, work_of
@@ -44,6 +45,7 @@ from vopd_server.validation import (
     hidden_states_hint,
 )
 from vopd_server.version import SERVER_VERSION
+from vopd_server.waiting import why_waiting
 from vopd_server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -262,6 +264,10 @@ class TeacherService:
     def queue_tokens_of(self, tenant: Tenant) -> int:
         """What the tenant may have admitted and unanswered at a time."""
         return self.admission.scheduler.queues[tenant.id].queue_tokens
+
+    def why_waiting(self, tenant: Tenant) -> pb.StreamWaiting:
+        """What the tenant's sequences wait for at this moment."""
+        return why_waiting(self.admission.scheduler, tenant.id, time.monotonic())
 
     def check(self, tenant: Tenant, shapes: Sequence[SequenceShape], temperature: float) -> list[Demand]:
         """What can be said of a request before it is admitted: what each of its sequences takes.

@@ -160,6 +160,19 @@ async def test_the_waiting_reason_says_what_how_long_and_until_when():
     assert patience.waiting_reason == ""
 
 
+async def test_what_a_live_teacher_says_of_the_delay_is_told_until_an_answer_comes_and_is_no_progress():
+    time = FakeTime()
+    patience = Patience(600.0, Timing(now=lambda: time.now_s, sleep=time.sleep, rng=LowestDraw()))
+    patience.told("nobody waits yet")
+    assert patience.waiting_reason == ""
+    patience.clock.begin()
+    time.now_s += 12
+    patience.told("sequences of tenant a in the queue: 3")
+    assert patience.waiting_reason == "teacher busy: sequences of tenant a in the queue: 3 (12 of 600 s)"
+    patience.progressed()
+    assert patience.waiting_reason == ""
+
+
 async def test_progress_starts_the_backoff_over():
     time = FakeTime()
     patience = Patience(1e9, Timing(now=lambda: time.now_s, sleep=time.sleep, rng=HighestDraw()))

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from fake_engine import ENGINE_TIME_S, QUEUE_TIME_S, FakeEngine, until
 from open_service import num_held, open_service, reserved_tokens, take
 from vopd_proto import teacher_pb2 as pb
+from vopd_server import grpc_stream
 from vopd_server.errors import DeadlineError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.grpc_stream import ScoreStream, StreamContexts
 from vopd_server.service import TeacherService
@@ -288,3 +289,41 @@ def test_a_broken_context_fails_those_who_use_it() -> None:
     contexts.keep(context(2, [1, 2, 3, 4, 5]))
     with pytest.raises(InvalidRequestError, match=r"contexts\[1\].ids: 4 bytes are not a whole number"):
         contexts.find(1)
+
+
+async def test_a_stream_that_waits_is_told_for_what_while_nothing_else_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grpc_stream, "TELL_WHY_EVERY_S", 0.02)
+    engine = FakeEngine()
+    service = await started_service(engine, queue_tokens=64)
+    engine.hold()
+    wire = Wire(service, *OPENING, sequence("runs", 40), answer_timeout_s=5)
+    running = asyncio.create_task(wire.stream.run())
+    await until(lambda: bool(waits(wire)))
+    assert waits(wire)[-1] == (pb.StreamWaiting.ENGINE, "sequences of tenant open in the engine: 1")
+    wire.send(sequence("held", 40), None)
+    await until(lambda: waits(wire)[-1][0] == pb.StreamWaiting.QUEUE_BOUND)
+    assert waits(wire)[-1][1] == "tenant open has 40 of 64 tokens unanswered"
+    engine.let_go()
+    await running
+    told = len(waits(wire))
+    assert sorted(wire.names("chunk")) == ["held", "runs"]
+    await asyncio.sleep(0.06)
+    assert len(waits(wire)) == told, "a stream that is over tells nothing"
+
+
+async def test_an_idle_stream_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_stream, "TELL_WHY_EVERY_S", 0.02)
+    service = await started_service(FakeEngine())
+    wire = Wire(service, *OPENING, sequence("one"))
+    running = asyncio.create_task(wire.stream.run())
+    await until(lambda: wire.names("chunk") == ["one"])
+    await asyncio.sleep(0.1)
+    assert waits(wire) == []
+    wire.send(None)
+    await running
+
+
+def waits(wire: Wire) -> list[tuple[int, str]]:
+    return [(told.waiting.reason, told.waiting.message) for told in wire.answers if told.HasField("waiting")]

@@ -35,6 +35,7 @@ class Patience:
         self._timing = timing
         self._failed_attempts = 0
         self._failure: Failure | None = None
+        self._told = ""
         self._retry_at_s = 0.0
 
     def progressed(self) -> None:
@@ -42,16 +43,24 @@ class Patience:
         self.clock.progress()
         self._failed_attempts = 0
         self._failure = None
+        self._told = ""
+
+    def told(self, reason: str) -> None:
+        """The teacher says why there is no answer yet: it lives, which is not progress."""
+        self._failure = None
+        self._told = reason
 
     @property
     def waiting_reason(self) -> str:
         """`teacher unavailable: connection refused, retrying in 3 s (12 of 600 s)`; empty while all is well."""
-        if self._failure is None or not self.clock.num_outstanding:
+        if not self.clock.num_outstanding:
             return ""
+        waited = f"{self.clock.waited_s:.0f} of {self.clock.timeout_s:.0f} s"
+        if self._failure is None:
+            return f"teacher busy: {self._told} ({waited})" if self._told else ""
         who = "busy" if self._failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED else "unavailable"
         delay_s = self._retry_at_s - self._timing.now()
         then = f"retrying in {delay_s:.0f} s" if delay_s >= 0.5 else "retrying"
-        waited = f"{self.clock.waited_s:.0f} of {self.clock.timeout_s:.0f} s"
         return f"teacher {who}: {self._failure.reason}, {then} ({waited})"
 
     async def back_off(self, failure: Failure, cause: BaseException | None, *, num_replicas: int = 1) -> None:

@@ -179,6 +179,8 @@ class ScoreStream:
                 self._take_chunk(response.chunk, connection)
             elif kind == "failure":
                 self._take_failure(response.failure)
+            elif kind == "waiting":
+                self.patience.told(response.waiting.message)
         assert self._leaving is not None, "drained, but nothing was refused"
         return self._leaving
 
