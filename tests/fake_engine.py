@@ -188,6 +188,10 @@ class FakeEngine:
         """Every call (and the start) waits in the engine until `let_go`."""
         self._going.clear()
 
+    @property
+    def is_held(self) -> bool:
+        return not self._going.is_set()
+
     def let_go(self) -> None:
         self._going.set()
 

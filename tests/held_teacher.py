@@ -1,7 +1,7 @@
 """A teacher process whose engine waits for its tests: `python held_teacher.py [load|child|head] [FLAGS]`.
 
-It is the real process around a fake engine that says "in the engine" when a call arrives and answers it after
-SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has;
+It is the real process around a fake engine that, once the teacher is ready, says "in the engine" when a call arrives
+and answers it after SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has;
 with `head` it gives its output head away.
 """
 
@@ -38,12 +38,12 @@ class HeldEngine(FakeEngine):
         if self._mode == "child":
             multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)).start()
         await super().start()
-        self.hold()
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.let_go)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self.die, "killed by its test")
 
     async def score(self, request: ScoreRequest) -> Scores:
-        say("in the engine")
+        if self.is_held:
+            say("in the engine")
         return await super().score(request)
 
 
@@ -56,7 +56,13 @@ async def run(flags: list[str], mode: str) -> int:
         env_prefix="HELD_",
     )
     configure_logging(config.log_level, config.log_format)
-    return await serve(config, HeldEngine(mode), announce=say)
+    engine = HeldEngine(mode)
+
+    def announce(line: str) -> None:
+        engine.hold()  # the golden probe has been answered
+        say(line)
+
+    return await serve(config, engine, announce=announce)
 
 
 if __name__ == "__main__":

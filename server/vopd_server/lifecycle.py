@@ -146,7 +146,6 @@ class TeacherServer:
 
     async def _probe(self, engine: Engine) -> None:
         golden = await run_golden_probe(engine, record_file=self._config.golden_file)
-        logger.info("golden probe: %s", golden.description, extra={"seconds": golden.duration_s})
         self.service.golden_probe = golden.description
         self._watchdog = Watchdog(
             engine,
