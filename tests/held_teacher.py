@@ -1,8 +1,8 @@
 """A teacher process whose engine waits for its tests: `python held_teacher.py [load|child|head] [FLAGS]`.
 
 It is the real process around a fake engine that, once the teacher is ready, says "in the engine" when a call arrives
-and answers it after SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its own, as vLLM has;
-with `head` it gives its output head away.
+and answers it after SIGUSR1; at SIGUSR2 it dies. With `load` it never gets ready; with `child` it has a process of its
+own, as vLLM has; with `head` it gives its output head away.
 """
 
 from __future__ import annotations

@@ -255,7 +255,11 @@ async def serve(config: ServerConfig, engine: Engine, *, announce: Callable[[str
             loading.cancel()
             await asyncio.wait({loading})
             return DRAINED
-        loading.result()
+        try:
+            loading.result()
+        except EngineDeadError as error:
+            logger.error("the engine died before it could score, and so this process ends: %s", error)
+            return ENGINE_DEAD
         announce(server.describe())
         dying = asyncio.create_task(server.wait_until_dead())
         await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)

@@ -119,14 +119,9 @@ class TeacherService:
 
     async def wait_until_dead(self, watchdog: Watchdog | None = None) -> EngineDeadError:
         """Returns when the engine can score nothing any more, with the reason; nothing new is accepted then."""
-        watching = (
-            [self._engine.wait_until_dead()]
-            if watchdog is None
-            else [
-                self._engine.wait_until_dead(),
-                watchdog.wait_until_dead(),
-            ]
-        )
+        watching = [self._engine.wait_until_dead()]
+        if watchdog is not None:
+            watching.append(watchdog.wait_until_dead())
         reason = await first_done(*watching)
         self._state = "dead"
         self.drain()
