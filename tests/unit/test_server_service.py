@@ -14,7 +14,9 @@ from fake_engine import FakeEngine, fake_logprobs_TV, until
 from open_service import open_service, reserved_tokens, take
 from vopd_server.concurrency import deadline, task_group
 from vopd_server.errors import (
+    ConfigError,
     DeadlineError,
+    EngineDeadError,
     EngineError,
     InvalidRequestError,
     OverloadedError,
@@ -22,7 +24,7 @@ from vopd_server.errors import (
     UnsupportedError,
 )
 from vopd_server.service import TeacherService
-from vopd_server.tenancy import OPEN_TENANT
+from vopd_server.tenancy import OPEN_TENANT, Tenant, TenantLimits
 from vopd_server.types import HiddenStates, NoSupport, ScoreRequest, Scores
 from vopd_server.validation import Limits, SequenceShape
 
@@ -221,3 +223,81 @@ async def test_a_task_group_raises_what_failed_first() -> None:
 
     with pytest.raises(KeyError, match="first"):
         await run_both()
+
+
+# ---------------------------------------------------------------- tenants
+
+
+async def test_a_tenants_own_limits_are_part_of_what_it_may_ask_for() -> None:
+    service = await started_service(FakeEngine())
+    assert service.limits_for(OPEN_TENANT) == service.limits
+    small = Tenant("small", TenantLimits(queue_tokens=20, max_top_k=3))
+    limits = service.limits_for(small)
+    assert (limits.max_context_length, limits.max_tokens_per_request, limits.max_top_k) == (20, 20, 3)
+    large = Tenant("large", TenantLimits(queue_tokens=10**6, max_top_k=10**6))
+    assert service.limits_for(large) == service.limits, "a tenant's limits never widen the server's"
+
+
+async def test_a_sequence_that_needs_more_memory_than_a_tenant_has_is_wrong_rather_than_held_for_ever() -> None:
+    service = await started_service(FakeEngine())
+    service.admission.scheduler.queues["open"].queue_bytes = 500
+    with pytest.raises(InvalidRequestError, match=r"s: about \d+ bytes of memory .* > 500, the share of one tenant"):
+        service.check(OPEN_TENANT, [SequenceShape("s", 30, 30)], 1.0)
+
+
+async def test_too_many_calls_of_a_tenant_are_refused_with_a_delay_and_anothers_are_not() -> None:
+    service = await started_service(FakeEngine())
+    service._max_calls = 1
+    with service.call(OPEN_TENANT):
+        too_many = pytest.raises(OverloadedError, match=r"1 calls in flight \(calls_per_tenant\)")
+        with too_many as refused, service.call(OPEN_TENANT):
+            raise AssertionError("entered")
+        with service.call(Tenant("other")):
+            pass
+    assert refused.value.retry_delay_s
+    assert service.is_idle
+
+
+async def test_the_status_shows_what_is_queued_and_running_and_what_was_scored() -> None:
+    engine = FakeEngine()
+    service = await started_service(engine)
+    engine.hold()
+    scoring = asyncio.create_task(score(service, requests([5, 6], [7])))
+    await until(lambda: engine.num_running == 2)
+    [tenant] = service.status().tenants
+    assert (tenant.id, tenant.running_sequences, tenant.running_tokens, tenant.reserved_tokens) == ("open", 2, 7, 7)
+    assert (tenant.share, tenant.fair_share) == (1.0, 1.0)
+    engine.let_go()
+    await scoring
+    [tenant] = service.status().tenants
+    assert (tenant.running_tokens, tenant.reserved_tokens, tenant.sequences_scored, tenant.tokens_scored) == (
+        0,
+        0,
+        2,
+        7,
+    )
+
+
+async def test_a_service_that_is_not_as_it_should_be_never_gets_ready() -> None:
+    service = open_service(FakeEngine(), LIMITS)
+
+    async def refuse(_engine: object) -> None:
+        raise ConfigError("the probe disagrees")
+
+    with pytest.raises(ConfigError, match="the probe disagrees"):
+        await service.start(refuse)
+    assert service.state == "starting"
+
+
+async def test_an_engine_that_dies_while_it_is_probed_is_told_at_once() -> None:
+    engine = FakeEngine()
+    service = open_service(engine, LIMITS)
+
+    async def never_ends(_engine: object) -> None:
+        await asyncio.Event().wait()
+
+    starting = asyncio.create_task(service.start(never_ends))
+    await until(lambda: engine._dead is not None)
+    engine.die("killed")
+    with pytest.raises(EngineDeadError, match="killed"):
+        await starting
