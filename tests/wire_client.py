@@ -92,11 +92,12 @@ class RefusedError(Exception):
 
 
 class WireClient:
-    """Raw calls: bytes or messages out, bytes parsed on the way back."""
+    """Raw calls: bytes or messages out, bytes parsed on the way back. authorization: goes with every one."""
 
-    def __init__(self, channel: aio.Channel, http: httpx2.AsyncClient | None) -> None:
+    def __init__(self, channel: aio.Channel, http: httpx2.AsyncClient | None, authorization: str = "") -> None:
         self.channel = channel
         self._http = http
+        self._metadata = (("authorization", authorization),) if authorization else ()
 
     @property
     def http(self) -> httpx2.AsyncClient:
@@ -107,7 +108,7 @@ class WireClient:
         call = self.channel.unary_unary(
             SERVICE + method, request_serializer=_to_bytes, response_deserializer=answer_type.FromString
         )
-        return call(message, timeout=timeout_s)
+        return call(message, timeout=timeout_s, metadata=self._metadata)
 
     def stream(self, messages: AsyncIterator[Message | bytes] | None = None, timeout_s: float | None = None) -> Any:
         """An open ScoreStream, fed by `messages` or else by its `write` and `done_writing`."""
@@ -115,7 +116,7 @@ class WireClient:
             SERVICE + "ScoreStream",
             request_serializer=_to_bytes,
             response_deserializer=pb.ScoreStreamResponse.FromString,
-        )(messages, timeout=timeout_s)
+        )(messages, timeout=timeout_s, metadata=self._metadata)
 
     async def info(self) -> pb.GetInfoResponse:
         response: pb.GetInfoResponse = await self.unary("GetInfo", pb.GetInfoRequest(), pb.GetInfoResponse)
@@ -124,7 +125,7 @@ class WireClient:
     def head_stream(self, data: bytes = b"", timeout_s: float | None = None) -> Any:
         """An open GetHead."""
         return self.channel.unary_stream(SERVICE + "GetHead", response_deserializer=pb.GetHeadResponse.FromString)(
-            data, timeout=timeout_s
+            data, timeout=timeout_s, metadata=self._metadata
         )
 
     async def head(self) -> bytes:
@@ -242,14 +243,17 @@ class WireClient:
 
 
 @asynccontextmanager
-async def connect(url: str, http_url: str = "") -> AsyncIterator[WireClient]:
+async def connect(url: str, http_url: str = "", *, authorization: str = "") -> AsyncIterator[WireClient]:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(aio.insecure_channel(url.removeprefix("grpc://"), options=options))
-        http = httpx2.AsyncClient(base_url=http_url, timeout=None, trust_env=False) if http_url else None
+        headers = {"Authorization": authorization} if authorization else {}
+        http = (
+            httpx2.AsyncClient(base_url=http_url, timeout=None, trust_env=False, headers=headers) if http_url else None
+        )
         if http is not None:
             await stack.enter_async_context(http)
-        yield WireClient(channel, http)
+        yield WireClient(channel, http, authorization)
 
 
 # ---------------------------------------------------------------- messages

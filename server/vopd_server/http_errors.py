@@ -78,6 +78,8 @@ def error_response(error: TeacherError, request_id: str = "") -> Response:
         request_id=request_id,
     )
     headers = {} if error.retry_delay_s is None else {"Retry-After": str(math.ceil(error.retry_delay_s))}
+    if isinstance(error, UnauthenticatedError):
+        headers["WWW-Authenticate"] = "Bearer"
     return _response(http_status(error), detail, headers)
 
 
