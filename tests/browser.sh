@@ -19,14 +19,15 @@ archives at https://prometheus.io/download.
 EOF
   exit 1
 fi
-apt-get update -qq
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq -o Acquire::Retries=3
 if ! find_chromium >/dev/null; then
-  apt-get install -qq --yes --no-install-recommends chromium >/dev/null
+  apt-get install -qq -o Acquire::Retries=3 --yes --no-install-recommends chromium >/dev/null
 fi
 if ! find_promtool >/dev/null; then
   package=$(mktemp -d)
   trap 'rm -r "$package"' EXIT
   chown _apt "$package" || true  # as whom apt-get downloads
-  (cd "$package" && apt-get download -qq prometheus)
+  (cd "$package" && apt-get download -qq -o Acquire::Retries=3 prometheus)
   dpkg-deb --fsys-tarfile "$package"/prometheus_*.deb | tar -x -C "$bin" --strip-components=3 ./usr/bin/promtool
 fi
