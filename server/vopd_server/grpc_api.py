@@ -137,6 +137,7 @@ def server_options(max_message_bytes: int, *, min_ping_interval_ms: int = 10_000
         # Find a client whose machine is gone: its sequences hold tokens of the budget.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),  # without it gRPC 1.85 does not end a connection that is silent
         # A client may ping this often, also between its calls (gRPC's own minimum is 5 minutes).
         ("grpc.http2.min_ping_interval_without_data_ms", min_ping_interval_ms),
         ("grpc.keepalive_permit_without_calls", 1),

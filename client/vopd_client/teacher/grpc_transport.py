@@ -28,6 +28,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A machine that vanished sends no reset: without pings its connection looks idle for ever.
     ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_S * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+    # What ends a connection whose ping goes unanswered; without it gRPC 1.85 waits for longer than anyone would.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
     # A long prefill is minutes without a byte in either direction; the pings go on.
     ("grpc.http2.max_pings_without_data", 0),
     # Retries are ours: gRPC's stop at small buffered messages and know no overall time-out.
