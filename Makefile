@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory lint format proto clean
+.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak lint format proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -54,6 +54,9 @@ bench-objectives: install model ## Objectives side by side, two tasks, five seed
 
 bench-memory: install ## Memory, time and gradients of every loss against the plain log_softmax
 	$(BIN)/python bench/memory.py --json bench/results/memory.json
+
+bench-soak: install model ## 32 jobs with keys and weights against one teacher for five minutes: right, fair, no leak
+	$(BIN)/python bench/soak.py --model $(MODEL) --json bench/results/soak.json
 
 lint: install ## Format, lint, types: what CI checks
 	$(BIN)/ruff format --check .

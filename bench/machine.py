@@ -29,7 +29,7 @@ def teacher_process(model: str, log_path: Path, flags: Sequence[str] = (), *, dt
     with log_path.open("wb") as log_file:
         # A group of its own: Ctrl-C is the benchmark's to handle, which still has answers to wait for.
         process = subprocess.Popen(
-            command, stdout=log_file, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_end_with_parent
+            command, stdout=log_file, stderr=subprocess.STDOUT, process_group=0, preexec_fn=end_with_parent
         )
     try:
         while not (ready := READY.search(log_path.read_text())):
@@ -42,7 +42,7 @@ def teacher_process(model: str, log_path: Path, flags: Sequence[str] = (), *, dt
         process.wait()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A benchmark that is killed cannot end its teacher; Linux then does."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
