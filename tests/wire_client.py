@@ -364,6 +364,8 @@ async def collect(call: Any) -> dict[str, Answer | Refusal]:
                 name=failure.sequence_id,
             )
             continue
+        if response.WhichOneof("message") == "waiting":
+            continue
         chunk = response.chunk
         rows = chunks.setdefault(chunk.scores.sequence_id, [])
         assert chunk.first_row == sum(part.num_rows for part in rows), "chunks out of order"
