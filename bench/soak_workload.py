@@ -1,102 +1,208 @@
-"""What the soak asks, and how it tells a right answer from another sequence's. Pure."""
+"""What the soak asks, and how it tells a right answer from another one. Pure.
+
+An answer of a busy teacher is compared with what the same sequence scored alone. In 16 bits the two differ, since a
+forward of another shape rounds otherwise; a sequence that was answered with another's scores, or with its own a row
+later, differs by nats. `Power` measures the second on the pool itself, so that the tolerance is known to tell.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherTopK
+from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, Support, TeacherTopK
 
-# Context length, completions of it, their length.
-SHAPES = ((20, 1, 12), (60, 1, 40), (256, 8, 48), (300, 8, 24), (900, 4, 64), (1800, 1, 128), (40, 1, 250), (8, 1, 1))
-CONTEXTS_OF_A_SHAPE = 4
-TOLERANCE_NATS = 0.2  # mean of a sequence: 16-bit kernels of other batch shapes differ by hundredths
+Kind = Literal["short", "few-shot", "long completion", "long context"]
+
+GROUP_SIZE = 8
+TOP_K = 20
+MOST_CANDIDATES = 100
+# Of one sequence: mean absolute difference, of the sampled log-probabilities and of the support's apart; of fewer rows
+# than these together, since a single number is off by more.
+TOLERANCE_NATS = 0.15
+ROWS_APART = 4
+# Of the teacher's own top-k: share of the reference's ids. Near ties change places at the end of the list.
+LEAST_IDS_SHARED = 0.75
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`groups` contexts of one of `context_tokens`, and `group_size` completions of each, of `completion_tokens`."""
+
+    kind: Kind
+    groups: int
+    group_size: int
+    context_tokens: tuple[int, ...]
+    completion_tokens: tuple[int, ...]
+
+
+# Few lengths, so that many sequences are alike but for their ids: an exchange between them is only seen in numbers.
+POOL = (
+    Shape("short", 60, 1, (20, 40, 64), (1, 12, 32)),
+    Shape("few-shot", 12, GROUP_SIZE, (160, 240), (4, 16, 16)),
+    Shape("long completion", 10, 1, (40,), (128, 256)),
+    Shape("long context", 5, 1, (1024, 1900), (16, 64)),
+)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A sequence, and what it scored alone."""
+    """A sequence of the pool, and what it scored alone. group: equal where contexts are."""
 
+    kind: Kind
+    group: int
     sequence: SequenceToScore
     scores: SequenceScores
 
-
-def make_pool(rng: np.random.Generator, vocab_size: int) -> list[SequenceToScore]:
-    """Random ids, in groups that share a context; every support in turn."""
-    pool = []
-    for context_length, group_size, completion_length in SHAPES:
-        for _ in range(CONTEXTS_OF_A_SHAPE):
-            context_ids = rng.integers(vocab_size, size=context_length)
-            for _ in range(group_size):
-                counts_T = rng.integers(0, 101, size=completion_length)
-                candidates = Candidates(rng.integers(vocab_size, size=int(counts_T.sum())), counts_T)
-                support = (NoSupport(), TeacherTopK(20), candidates)[len(pool) % 3]
-                completion_ids = rng.integers(vocab_size, size=completion_length)
-                pool.append(SequenceToScore(context_ids, completion_ids, support))
-    return pool
+    @property
+    def num_tokens(self) -> int:
+        return len(self.sequence.context_ids) + len(self.sequence.completion_ids)
 
 
-def draw(rng: np.random.Generator, pool: list[Reference]) -> list[Reference]:
-    """A batch: neighbours, so that some share a context."""
-    start, size = int(rng.integers(len(pool))), int(rng.integers(1, 13))
-    return [pool[(start + offset) % len(pool)] for offset in range(size)]
+def make_pool(rng: np.random.Generator, vocab_size: int) -> list[tuple[Kind, int, SequenceToScore]]:
+    """Kind, group and sequence: random ids, every support in turn."""
+    made: list[tuple[Kind, int, SequenceToScore]] = []
+    group = 0
+    for shape in POOL:
+        for number in range(shape.groups):
+            context_ids = rng.integers(vocab_size, size=shape.context_tokens[number % len(shape.context_tokens)])
+            for _ in range(shape.group_size):
+                length = int(rng.choice(shape.completion_tokens))
+                support = _support(len(made), length, rng, vocab_size)
+                completion_ids = rng.integers(vocab_size, size=length)
+                made.append((shape.kind, group, SequenceToScore(context_ids, completion_ids, support)))
+            group += 1
+    return made
 
 
-def distance_nats(one: SequenceScores, other: SequenceScores) -> float:
-    """Mean absolute difference of the sampled log-probabilities, or of the support's where that is larger.
+def _support(number: int, length: int, rng: np.random.Generator, vocab_size: int) -> Support:
+    """A single row without a support would be one number, which tells little: it asks for the top-k."""
+    if length == 1 or number % 3 == 1:
+        return TeacherTopK(TOP_K)
+    if number % 3 == 0:
+        return NoSupport()
+    counts_T = rng.integers(MOST_CANDIDATES + 1, size=length)  # ragged, now and then none at all
+    return Candidates(rng.integers(vocab_size, size=int(counts_T.sum())), counts_T)
 
-    Infinite where there are not as many. Of a support of the teacher's own ids the near ties may change places, which
-    makes no difference to the log-probabilities in their order.
+
+def units_of(pool: Sequence[Reference], kinds: frozenset[Kind]) -> dict[Kind, list[list[int]]]:
+    """What is asked together, as indices into the pool: a group of completions, or one sequence."""
+    by_group: dict[int, list[int]] = {}
+    for index, reference in enumerate(pool):
+        by_group.setdefault(reference.group, []).append(index)
+    units: dict[Kind, list[list[int]]] = {}
+    for indices in by_group.values():
+        if (kind := pool[indices[0]].kind) in kinds:
+            units.setdefault(kind, []).append(indices)
+    return units
+
+
+def draw(rng: np.random.Generator, units: dict[Kind, list[list[int]]]) -> list[int]:
+    """Every kind as often; of a group two or more of its completions, or as many as it has."""
+    of_kind = units[sorted(units)[int(rng.integers(len(units)))]]
+    unit = of_kind[int(rng.integers(len(of_kind)))]
+    size = int(rng.integers(min(2, len(unit)), len(unit) + 1))
+    return [int(index) for index in rng.permutation(unit)[:size]]
+
+
+# ---------------------------------------------------------------- is it the right answer?
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of an answer from another one, in nats; infinite where they do not even have the same shape.
+
+    ids_shared: of the other's support ids, row by row; 1 without a support.
     """
-    pairs = (
-        (one.sampled_logprobs_T, other.sampled_logprobs_T),
-        (one.support_logprobs, other.support_logprobs),
+
+    mean_nats: float  # the larger of the two: in one mean a hundred ids a row would drown the sampled one
+    ids_shared: float
+    largest_nats: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.mean_nats <= TOLERANCE_NATS and self.ids_shared >= LEAST_IDS_SHARED
+
+
+APART = Distance(float("inf"), 0.0, float("inf"))
+
+
+def distance(one: SequenceScores, other: SequenceScores) -> Distance:
+    """Row by row. A support is compared place by place: what the teacher lists is sorted, so ties do no harm."""
+    if not have_one_shape(one, other):
+        return APART
+    sampled = _absolute(one.sampled_logprobs_T, other.sampled_logprobs_T)
+    support = _absolute(one.support_logprobs, other.support_logprobs)
+    parts = [sampled, support] if len(sampled) >= ROWS_APART else [np.concatenate((sampled, support))]
+    return Distance(
+        mean_nats=max((float(part.mean()) for part in parts if len(part)), default=0.0),
+        ids_shared=_ids_shared(one, other),
+        largest_nats=float(max(sampled.max(initial=0.0), support.max(initial=0.0))),
     )
-    if any(left.shape != right.shape for left, right in pairs):
-        return float("inf")
-    means = [np.abs(left.astype(np.float64) - right).mean() for left, right in pairs if len(left)]
-    return float(np.max(means))
 
 
-def smallest_distance(pool: list[Reference]) -> float:
-    """Between two different sequences that could be taken for one another by their shapes."""
-    found = [
-        distance_nats(one.scores, other.scores)
+def have_one_shape(one: SequenceScores, other: SequenceScores) -> bool:
+    """Whether one could be taken for the other; what has another shape the client refuses by itself."""
+    return len(one.sampled_logprobs_T) == len(other.sampled_logprobs_T) and np.array_equal(one.counts_T, other.counts_T)
+
+
+def _absolute(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype(np.float64) - other.astype(np.float64))
+
+
+def _ids_shared(one: SequenceScores, other: SequenceScores) -> float:
+    if np.array_equal(one.support_ids, other.support_ids):
+        return 1.0
+    rows = np.split(one.support_ids, np.cumsum(one.counts_T)[:-1])
+    other_rows = np.split(other.support_ids, np.cumsum(other.counts_T)[:-1])
+    shared = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(rows, other_rows, strict=True))
+    return shared / sum(len(set(row.tolist())) for row in other_rows)
+
+
+def shifted(scores: SequenceScores) -> SequenceScores:
+    """The same numbers a row later, as an answer would be that is off by one; the last row comes first."""
+    starts = np.cumsum(scores.counts_T)
+    last = int(scores.counts_T[-1]) if len(starts) else 0
+    return SequenceScores(
+        np.roll(scores.sampled_logprobs_T, 1),
+        np.roll(scores.support_ids, last),
+        np.roll(scores.support_logprobs, last),
+        scores.counts_T,
+    )
+
+
+@dataclass(frozen=True)
+class Power:
+    """What would be noticed, of all sequences that could be taken for one another, and of all shifted answers.
+
+    num_told_by_ids: wrong answers that list other ids than the right one. least_nats: the others, at the least.
+    num_unnoticed: wrong answers that the check would take for right.
+    """
+
+    num_swapped: int
+    num_shifted: int
+    num_told_by_ids: int
+    least_nats: float
+    num_unnoticed: int
+
+
+def power(pool: Sequence[Reference]) -> Power:
+    """Over every pair of the pool, and every sequence of two rows or more against itself a row later."""
+    swapped = [
+        distance(one.scores, other.scores)
         for index, one in enumerate(pool)
         for other in pool[:index]
-        if isinstance(one.sequence.support, type(other.sequence.support))
+        if have_one_shape(one.scores, other.scores) and type(one.sequence.support) is type(other.sequence.support)
     ]
-    return min(found)
-
-
-@dataclass
-class Tally:
-    """What was asked and what came of it. refused: as it should be, by why."""
-
-    calls: Counter[str]
-    num_right: int = 0
-    num_wrong: int = 0
-    num_given_up: int = 0
-    num_tokens: int = 0
-    num_scored_tokens: int = 0
-    largest_distance_nats: float = 0.0
-    refused: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    def took(self, kind: str, seconds: float) -> None:
-        """A batch was answered."""
-        self.calls[kind] += 1
-        self.seconds.setdefault(kind, []).append(seconds)
-
-    def check(self, reference: Reference, scores: SequenceScores) -> None:
-        distance = distance_nats(scores, reference.scores)
-        self.largest_distance_nats = max(self.largest_distance_nats, distance)
-        if distance <= TOLERANCE_NATS:
-            self.num_right += 1
-        else:
-            self.num_wrong += 1
-        sequence = reference.sequence
-        self.num_scored_tokens += len(sequence.completion_ids)
-        self.num_tokens += len(sequence.context_ids) + len(sequence.completion_ids)
+    shifts = [distance(shifted(one.scores), one.scores) for one in pool if len(one.scores.sampled_logprobs_T) > 1]
+    by_numbers = [found for found in (*swapped, *shifts) if found.ids_shared >= LEAST_IDS_SHARED]
+    return Power(
+        num_swapped=len(swapped),
+        num_shifted=len(shifts),
+        num_told_by_ids=len(swapped) + len(shifts) - len(by_numbers),
+        least_nats=min((found.mean_nats for found in by_numbers), default=float("inf")),
+        num_unnoticed=sum(found.is_right for found in by_numbers),
+    )

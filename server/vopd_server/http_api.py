@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from google.protobuf.message import Message
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from vopd_proto import teacher_pb2 as pb
@@ -17,6 +18,7 @@ from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
 from vopd_server.codec import parse
 from vopd_server.errors import (
     BodyTooLargeError,
+    ClientGoneError,
     DeadlineError,
     MediaTypeError,
     TeacherError,
@@ -142,6 +144,8 @@ class HttpApi:
                     num_bytes = max(num_bytes, len(body))
         except TimeoutError as error:
             raise DeadlineError(f"the body did not arrive within {self._body_timeout_s:g} s") from error
+        except ClientDisconnect as error:
+            raise ClientGoneError("the client hung up in the middle of its body") from error
         if num_bytes > max_bytes:
             await _hear_out(request)
             raise BodyTooLargeError("body", f"{num_bytes} bytes or more > {max_bytes}")

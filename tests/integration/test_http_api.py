@@ -268,6 +268,18 @@ async def test_a_client_that_hangs_up_gives_its_budget_back(teacher: FakeTeacher
     teacher.engine.let_go()
 
 
+async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error_of_the_server(
+    teacher: FakeTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps(GOOD_BODY).encode()
+    _, writer = await send_raw(teacher, head(len(body)), body[:5])
+    await until(lambda: not teacher.server.service.is_idle)
+    writer.close()
+    await until(lambda: teacher.server.service.is_idle)
+    assert teacher.server.service.status().tenants[0].rejections == {"CANCELLED": 1}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_one_connection_serves_many_requests(teacher: FakeTeacher) -> None:
     body = json.dumps(GOOD_BODY).encode()
     reader, writer = await send_raw(teacher, *[head(len(body)), body] * 3)
