@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from machine import machine_facts
+from soak_figures import Look, busy_shares, growth_figures, latencies, rounded, total
 from soak_jobs import Addresses, run_jobs
 from soak_plan import REFERENCE_TENANT, JobPlan, Tally, make_plans
 from soak_process import ProcessSample, SoakTeacher, sample_process, soak_teacher
 from soak_report import (
     Check,
-    Look,
-    busy_shares,
     check_answers,
     check_books,
     check_budgets,
@@ -44,11 +43,7 @@ from soak_report import (
     check_power,
     check_rejections,
     check_shares,
-    growth_figures,
-    latencies,
     print_report,
-    rounded,
-    total,
 )
 from soak_workload import GROUP_SIZE, Power, Reference, make_pool, power
 from vopd_client.teacher import TeacherClient
@@ -243,7 +238,7 @@ def checks_of(found: Soak) -> list[Check]:
         check_rejections(found.plans, found.tallies, found.last_status, found.strangers),
         check_budgets(found.last_status),
         *check_growth(growth, found.before, found.after, seconds=found.seconds),
-        check_shares(shares, weights, sum(found.tallies[name].tokens for name in shares)),
+        check_shares(shares, weights, sum(found.tallies[name].turn_tokens for name in shares)),
         check_log(found.errors_logged),
     ]
 

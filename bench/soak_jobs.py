@@ -56,6 +56,11 @@ def run_jobs(
     return {plan.tenant_id: tally for plan, tally in zip(plans, asyncio.run(run_all()), strict=True)}
 
 
+def turn_tokens(sequences: Sequence[SequenceToScore]) -> int:
+    """What the engine reads for sequences of one context."""
+    return len(sequences[0].context_ids) + sum(len(sequence.completion_ids) for sequence in sequences)
+
+
 class Job:
     """One tenant's load. Its client is replaced when it hangs up on purpose."""
 
@@ -111,6 +116,8 @@ class Job:
             await asyncio.gather(*(self._ask_call([one], streams=True) for one in unit))
         else:
             await self._ask_call(unit, streams=False)
+        if time.monotonic() <= self._end_s:
+            self.tally.turn_tokens += turn_tokens([one.sequence for one in unit])
 
     async def _ask_call(self, unit: list[Reference], *, streams: bool) -> None:
         self.tally.asked += len(unit)

@@ -73,9 +73,10 @@ class Tally:
 
     asked = right + wrong + given_up + refused + late + failed, or something is missing.
 
-    duplicated: answers to what had been answered. in_time: right or wrong before the end of the soak, as are tokens and
-    scored_tokens. told: error codes that the teacher answered with, as it should. untold: those that it may have
-    counted, while the client had gone. latencies_s: by kind, of in_time.
+    duplicated: answers to what had been answered. in_time: right or wrong before the end of the soak, as are tokens,
+    scored_tokens and turn_tokens, which count a context once for those that share it.
+    told: error codes that the teacher answered with, as it should. untold: those that it may have counted, while the
+    client had gone. latencies_s: by kind, of in_time.
     """
 
     asked: int = 0
@@ -88,6 +89,7 @@ class Tally:
     duplicated: int = 0
     in_time: int = 0
     tokens: int = 0
+    turn_tokens: int = 0
     scored_tokens: int = 0
     scored_tokens_ever: int = 0
     bytes_sent: int = 0
@@ -108,7 +110,7 @@ class Tally:
 
     def check(self, reference: Reference, scores: SequenceScores, *, seconds: float, in_time: bool) -> None:
         """An answer has come, after so many seconds."""
-        found = distance(scores, reference.scores)
+        found = distance(scores, reference)
         if found.is_right:
             self.right += 1
         else:

@@ -1,17 +1,16 @@
-"""The soak's figures, what is asked of them, and how both are shown. Pure but for the printing."""
+"""What is asked of the soak's figures, and how both are shown. Pure but for the printing."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from soak_figures import SHARE_TOLERANCE, share_bars
 from soak_plan import JobPlan, Tally
 from soak_process import ProcessSample
 from soak_workload import TOLERANCE_NATS, Power
@@ -19,13 +18,9 @@ from soak_workload import TOLERANCE_NATS, Power
 MOST_GROWTH = 0.05  # of memory, from the minute after the warm-up to the last one
 MOST_DESCRIPTORS_MORE = 32  # under load: a connection for each job, since those that hang up come and go; quiet: none
 MOST_THREADS_MORE = 2
-ALWAYS_BUSY = 0.95  # of the looks
 LEAST_BUSY_TENANTS = 6
 MOST_JUDGED_SHARE = 0.5  # a bar beyond it, of half of the tenants, says nothing
-# Of a share, beside a turn more or less than others have had: who came last by chance.
-SHARE_TOLERANCE = 0.1
-TURN_TOKENS = 450  # the largest of a busy tenant: a context and the completions that come along
-LEAST_JUDGED_S = 240.0  # shorter soaks end before memory has settled
+LEAST_JUDGED_S = 240.0  # shorter soaks end before memory and connections have settled
 BUDGETS = ("held_sequences", "queued_sequences", "queued_tokens", "running_sequences", "running_tokens")
 BUDGETS += ("reserved_tokens", "reserved_bytes")
 
@@ -38,101 +33,6 @@ class Check:
     found: str
     bar: str
     holds: bool | None
-
-
-# ---------------------------------------------------------------- figures
-
-
-def total(tallies: Iterable[Tally]) -> Tally:
-    """All jobs as one; of extremes the extreme."""
-    everything = Tally()
-    for tally in tallies:
-        for name, value in vars(tally).items():
-            match name, value:
-                case "latencies_s", dict():
-                    for kind, seconds in value.items():
-                        everything.latencies_s.setdefault(kind, []).extend(seconds)
-                case (("largest_mean_nats" | "largest_nats"), _):
-                    setattr(everything, name, max(getattr(everything, name), value))
-                case "least_ids_shared", _:
-                    everything.least_ids_shared = min(everything.least_ids_shared, value)
-                case _, Counter():
-                    getattr(everything, name).update(value)
-                case _:
-                    setattr(everything, name, getattr(everything, name) + value)
-    return everything
-
-
-def latencies(by_name: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {
-            "sequences": len(found),
-            "p50_s": round(float(np.quantile(found, 0.5)), 3),
-            "p95_s": round(float(np.quantile(found, 0.95)), 3),
-        }
-        for name, found in sorted(by_name.items())
-        if len(found)
-    }
-
-
-def window_of(samples: Sequence[ProcessSample], seconds: float) -> tuple[list[ProcessSample], list[ProcessSample]]:
-    """The minute after the first one, and the last one; of a soak of less than four a quarter each."""
-    length_s = min(60.0, seconds / 4)
-    early = [sample for sample in samples if length_s <= sample.at_s < 2 * length_s]
-    late = [sample for sample in samples if seconds - length_s <= sample.at_s <= seconds]
-    return early, late
-
-
-def slope_a_minute(samples: Sequence[ProcessSample], name: str, *, from_s: float) -> float:
-    """Least squares over what came after the warm-up; 0 for fewer than two samples."""
-    later = [sample for sample in samples if sample.at_s >= from_s]
-    if len(later) < 2:
-        return 0.0
-    at_min = np.array([sample.at_s / 60 for sample in later])
-    return float(np.polyfit(at_min, [getattr(sample, name) for sample in later], 1)[0])
-
-
-def growth_figures(samples: Sequence[ProcessSample], seconds: float) -> dict[str, dict[str, float]]:
-    """Of memory, descriptors and threads: median early and late, and the slope in between."""
-    early, late = window_of(samples, seconds)
-    figures = {}
-    for name in ("memory_mib", "descriptors", "threads"):
-        first, last = (float(np.median([getattr(one, name) for one in part])) for part in (early, late))
-        slope = slope_a_minute(samples, name, from_s=min(60.0, seconds / 4))
-        figures[name] = {"after_warm_up": first, "at_the_end": last, "slope_a_minute": round(slope, 3)}
-    return figures
-
-
-@dataclass(frozen=True)
-class Look:
-    """At /status.json: of every tenant its share of the last minute, and whether it had something queued."""
-
-    at_s: float
-    share: Mapping[str, float]
-    is_queued: Mapping[str, bool]
-
-
-def busy_shares(looks: Sequence[Look], weights: Mapping[str, float]) -> dict[str, float]:
-    """What those that were always busy got of what they got together, over what their weights say."""
-    if not looks:
-        return {}
-    busy = [name for name in weights if np.mean([look.is_queued[name] for look in looks]) >= ALWAYS_BUSY]
-    had = {name: float(np.mean([look.share[name] for look in looks])) for name in busy}
-    all_had, all_weight = sum(had.values()), sum(weights[name] for name in busy)
-    return {name: (had[name] / all_had) / (weights[name] / all_weight) for name in busy} if all_had else {}
-
-
-def share_bars(shares: Mapping[str, float], weights: Mapping[str, float], tokens: float) -> dict[str, float]:
-    """How far a tenant's share may be off, in parts of it. tokens: what all of them got together.
-
-    Fair queueing keeps two busy tenants within a turn of each of one another, over their weights (Goyal, Vin and Cheng
-    1996, theorem 1). What little was had is therefore off by much.
-    """
-    all_weight = sum(weights[name] for name in shares)
-    return {name: SHARE_TOLERANCE + 2 * TURN_TOKENS / max(1.0, tokens * weights[name] / all_weight) for name in shares}
-
-
-# ---------------------------------------------------------------- checks
 
 
 def check_answers(everything: Tally, after: Tally) -> list[Check]:
@@ -237,7 +137,7 @@ def check_growth(
             "file descriptors under load",
             f"{descriptors['at_the_end']:.0f}, {more['descriptors']:+.0f}",
             f"at most +{MOST_DESCRIPTORS_MORE}",
-            more["descriptors"] <= MOST_DESCRIPTORS_MORE,
+            more["descriptors"] <= MOST_DESCRIPTORS_MORE if long_enough else None,
         ),
         Check(
             "file descriptors when it is quiet",
@@ -296,8 +196,3 @@ def print_report(console: Console, figures: Mapping[str, Any], checks: Sequence[
         f"{figures['bytes_received_per_scored_token']:.0f} back for each; "
         f"{figures['server_cpu_s']:.0f} CPU seconds of the server"
     )
-
-
-def rounded(value: float, digits: int = 4) -> float | None:
-    """For JSON, which has no infinity."""
-    return round(value, digits) if math.isfinite(value) else None

@@ -1,8 +1,9 @@
 """What the soak asks, and how it tells a right answer from another one. Pure.
 
 An answer of a busy teacher is compared with what the same sequence scored alone. In 16 bits the two differ, since a
-forward of another shape rounds otherwise; a sequence that was answered with another's scores, or with its own a row
-later, differs by nats. `Power` measures the second on the pool itself, so that the tolerance is known to tell.
+forward of another shape rounds otherwise: by a tenth of a nat or so in the mean over a sequence. Scores of another
+sequence, or one's own a row later, differ by nats. `Power` measures that on the pool itself, so that the tolerance is
+known to tell them apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MOST_CANDIDATES = 100
 # Of one sequence: mean absolute difference, of the sampled log-probabilities and of the support's apart; of fewer rows
 # than these together, since a single number is off by more.
 TOLERANCE_NATS = 0.2
-ROWS_APART = 4
+ROWS_APART = 8
 # Of the teacher's own top-k: share of the reference's ids. Near ties change places at the end of the list.
 LEAST_IDS_SHARED = 0.75
 
@@ -42,7 +43,7 @@ class Shape:
 # Few lengths, so that many sequences are alike but for their ids: an exchange between them is only seen in numbers.
 POOL = (
     Shape("short", 60, 1, (20, 40, 64), (1, 12, 32)),
-    Shape("few-shot", 12, GROUP_SIZE, (160, 240), (4, 16, 16)),
+    Shape("few-shot", 12, GROUP_SIZE, (160, 240), (8, 16, 16)),
     Shape("long completion", 10, 1, (40,), (128, 256)),
     Shape("long context", 5, 1, (1024, 1900), (16, 64)),
 )
@@ -130,23 +131,27 @@ class Distance:
 APART = Distance(float("inf"), 0.0, float("inf"))
 
 
-def distance(one: SequenceScores, other: SequenceScores) -> Distance:
+def distance(found: SequenceScores, reference: Reference) -> Distance:
     """Row by row. A support is compared place by place: what the teacher lists is sorted, so ties do no harm."""
-    if not have_one_shape(one, other):
+    right = reference.scores
+    if not have_one_shape(found, right):
         return APART
-    sampled = _absolute(one.sampled_logprobs_T, other.sampled_logprobs_T)
-    support = _absolute(one.support_logprobs, other.support_logprobs)
+    sampled = _absolute(found.sampled_logprobs_T, right.sampled_logprobs_T)
+    support = _absolute(found.support_logprobs, right.support_logprobs)
     parts = [sampled, support] if len(sampled) >= ROWS_APART else [np.concatenate((sampled, support))]
     return Distance(
         mean_nats=max((float(part.mean()) for part in parts if len(part)), default=0.0),
-        ids_shared=_ids_shared(one, other),
+        # Candidates' ids do not come with the answer: the client puts down those that it asked for.
+        ids_shared=_ids_shared(found, right) if isinstance(reference.sequence.support, TeacherTopK) else 1.0,
         largest_nats=float(max(sampled.max(initial=0.0), support.max(initial=0.0))),
     )
 
 
 def have_one_shape(one: SequenceScores, other: SequenceScores) -> bool:
-    """Whether one could be taken for the other; what has another shape the client refuses by itself."""
-    return len(one.sampled_logprobs_T) == len(other.sampled_logprobs_T) and np.array_equal(one.counts_T, other.counts_T)
+    """Whether one could be taken for the other: what has another shape the client refuses by itself."""
+    return len(one.sampled_logprobs_T) == len(other.sampled_logprobs_T) and len(one.support_logprobs) == len(
+        other.support_logprobs
+    )
 
 
 def _absolute(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -154,12 +159,11 @@ def _absolute(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _ids_shared(one: SequenceScores, other: SequenceScores) -> float:
-    if np.array_equal(one.support_ids, other.support_ids):
-        return 1.0
-    rows = np.split(one.support_ids, np.cumsum(one.counts_T)[:-1])
-    other_rows = np.split(other.support_ids, np.cumsum(other.counts_T)[:-1])
-    shared = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(rows, other_rows, strict=True))
-    return shared / sum(len(set(row.tolist())) for row in other_rows)
+    """[T, k] both."""
+    num_rows = len(one.sampled_logprobs_T)
+    rows, other_rows = (scores.support_ids.reshape(num_rows, -1).tolist() for scores in (one, other))
+    shared = sum(len({*row} & {*other_row}) for row, other_row in zip(rows, other_rows, strict=True))
+    return shared / len(other.support_ids)
 
 
 def shifted(scores: SequenceScores) -> SequenceScores:
@@ -176,10 +180,10 @@ def shifted(scores: SequenceScores) -> SequenceScores:
 
 @dataclass(frozen=True)
 class Power:
-    """What would be noticed, of all sequences that could be taken for one another, and of all shifted answers.
+    """What would be noticed, of all pairs of sequences that could be taken for one another, and of all shifted answers.
 
-    num_told_by_ids: wrong answers that list other ids than the right one. least_nats: the others, at the least.
-    num_unnoticed: wrong answers that the check would take for right.
+    num_told_by_ids: wrong answers that list other ids of the teacher's own than the right one.
+    least_nats: of the others, the least distance. num_unnoticed: those that the check would take for right.
     """
 
     num_swapped: int
@@ -192,12 +196,12 @@ class Power:
 def power(pool: Sequence[Reference]) -> Power:
     """Over every pair of the pool, and every sequence of two rows or more against itself a row later."""
     swapped = [
-        distance(one.scores, other.scores)
+        distance(other.scores, one)
         for index, one in enumerate(pool)
         for other in pool[:index]
         if have_one_shape(one.scores, other.scores) and type(one.sequence.support) is type(other.sequence.support)
     ]
-    shifts = [distance(shifted(one.scores), one.scores) for one in pool if len(one.scores.sampled_logprobs_T) > 1]
+    shifts = [distance(shifted(one.scores), one) for one in pool if len(one.scores.sampled_logprobs_T) > 1]
     by_numbers = [found for found in (*swapped, *shifts) if found.ids_shared >= LEAST_IDS_SHARED]
     return Power(
         num_swapped=len(swapped),

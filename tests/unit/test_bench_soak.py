@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from soak_figures import Look, busy_shares, growth_figures, latencies, slope_a_minute, total
 from soak_plan import MISDEEDS, TRANSPORTS, JobPlan, Tally, make_plans
 from soak_process import ProcessSample
 from soak_report import (
     BUDGETS,
     Check,
-    Look,
-    busy_shares,
     check_answers,
     check_books,
     check_budgets,
@@ -23,10 +22,6 @@ from soak_report import (
     check_power,
     check_rejections,
     check_shares,
-    growth_figures,
-    latencies,
-    slope_a_minute,
-    total,
 )
 from soak_workload import (
     GROUP_SIZE,
@@ -144,19 +139,19 @@ def test_noise_is_right_and_a_wrong_answer_is_not(pool: list[Reference], support
         "a row less": replace(right, sampled_logprobs_T=right.sampled_logprobs_T[1:], counts_T=right.counts_T[1:]),
         "NaN": replace(right, sampled_logprobs_T=np.full(16, np.nan, np.float32)),
     }
-    verdicts = {name: distance(scores, one.scores).is_right for name, scores in answers.items()}
+    verdicts = {name: distance(scores, one).is_right for name, scores in answers.items()}
     assert verdicts == {name: name == "noise" for name in answers}
 
 
 def test_the_same_numbers_for_other_ids_are_wrong_where_the_teacher_names_them(pool: list[Reference]) -> None:
     one, other = of(pool, TeacherTopK)[:2]
-    found = distance(replace(one.scores, support_ids=other.scores.support_ids), one.scores)
+    found = distance(replace(one.scores, support_ids=other.scores.support_ids), one)
     assert found.mean_nats == 0
     assert not found.is_right
     swapped = one.scores.support_ids.reshape(-1, TOP_K).copy()
     swapped[:, [18, 19]] = swapped[:, [19, 18]]  # near ties
     swapped[:, 19] = VOCAB
-    assert distance(replace(one.scores, support_ids=swapped.ravel()), one.scores).ids_shared == pytest.approx(0.95)
+    assert distance(replace(one.scores, support_ids=swapped.ravel()), one).ids_shared == pytest.approx(0.95)
 
 
 def test_power_counts_what_could_not_be_told_apart(pool: list[Reference]) -> None:
@@ -168,6 +163,12 @@ def test_power_counts_what_could_not_be_told_apart(pool: list[Reference]) -> Non
     assert power(twins).num_unnoticed == 1
     assert power(twins).least_nats == 0
     assert not check_power(power(twins)).holds
+
+
+def test_power_does_not_rely_on_ids_that_the_client_fills_in_itself(pool: list[Reference]) -> None:
+    one = of(pool, Candidates)[0]
+    other_ids = replace(one.scores, support_ids=one.scores.support_ids + 1)
+    assert power([one, replace(one, scores=other_ids)]).num_unnoticed == 1
 
 
 # ---------------------------------------------------------------- books
@@ -208,6 +209,13 @@ def test_a_wrong_a_missing_a_duplicated_and_a_failed_answer_fail(pool: list[Refe
     assert verdicts(wrong) == [False, False, True]
     nothing = check_answers(Tally(), Tally())
     assert [check.holds for check in nothing] == [False, True, False]
+
+
+def test_what_was_given_up_refused_late_or_failed_is_not_missing() -> None:
+    accounted = ("right", "wrong", "given_up", "refused", "late", "failed")
+    for name in accounted:
+        assert Tally(asked=1, **{name: 1}).missing == 0
+    assert Tally(asked=1).missing == 1
 
 
 def test_the_teacher_scored_what_was_answered_and_at_most_what_was_given_up() -> None:
@@ -295,9 +303,9 @@ def test_leaks_are_found_and_named() -> None:
 
 def test_the_slope_is_that_of_what_came_after_the_warm_up() -> None:
     found = samples(leak_mib_a_minute=10)
-    assert slope_a_minute(found, "memory_mib", from_s=60) == pytest.approx(10, abs=0.5)
-    assert slope_a_minute(found, "memory_mib", from_s=0) > 30
-    assert slope_a_minute(found[:1], "memory_mib", from_s=0) == 0
+    assert slope_a_minute(found, "memory_mib", from_s=60, to_s=300) == pytest.approx(10, abs=0.5)
+    assert slope_a_minute(found, "memory_mib", from_s=0, to_s=300) > 30
+    assert slope_a_minute(found[:1], "memory_mib", from_s=0, to_s=300) == 0
 
 
 # ---------------------------------------------------------------- shares
