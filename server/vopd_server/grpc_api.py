@@ -15,7 +15,7 @@ from vopd_proto import teacher_pb2 as pb
 from vopd_server.calls import Call, answering, bearer_token, get_info, get_tokenizer, head_pieces, score
 from vopd_server.codec import check_no_unknown_fields, parse
 from vopd_server.concurrency import unread_timeout, unsent_timeout
-from vopd_server.errors import TeacherError
+from vopd_server.errors import ClientGoneError, TeacherError
 from vopd_server.grpc_errors import error_message, status_code, status_metadata
 from vopd_server.grpc_stream import ScoreStream
 from vopd_server.service import TeacherService
@@ -95,7 +95,10 @@ class TeacherRpc:
 
     async def _put(self, call: Call, context: Context, message: Message) -> None:
         data = message.SerializeToString()
-        await context.write(data)
+        try:
+            await context.write(data)
+        except aio.InternalError as error:  # gRPC's word for a call that has ended meanwhile
+            raise ClientGoneError("the client hung up in the middle of its answer") from error
         self._service.metrics.bytes_moved(call.tenant.id, "grpc", "sent", len(data))
 
     @asynccontextmanager

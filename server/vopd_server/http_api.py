@@ -12,16 +12,19 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from vopd_proto import teacher_pb2 as pb
 from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
 from vopd_server.codec import parse
+from vopd_server.concurrency import unread_timeout
 from vopd_server.errors import (
     BodyTooLargeError,
     ClientGoneError,
     DeadlineError,
     MediaTypeError,
     TeacherError,
+    UnauthenticatedError,
 )
 from vopd_server.http_errors import error_response, routing_error_response
 from vopd_server.http_head import HeadResponse
@@ -40,6 +43,7 @@ Encoding = Literal["application/json", "application/x-protobuf"]
 MAX_JSON_BYTES = 16 * 2**20
 # A client that is told of an error while it still sends may see a broken connection instead of the error.
 LAST_WORDS_S = 0.5
+PIECE_BYTES = 2**20
 
 
 def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
@@ -127,9 +131,13 @@ class HttpApi:
             async with answering(self._service, call, api_key=api_key, timeout_s=timeout_of(request)):
                 response = await answer(call)
         except TeacherError as error:
-            return error_response(error, call.request_id)
+            refusal = error_response(error, call.request_id)
+            is_stranger = isinstance(error, UnauthenticatedError)  # of whom nothing is read
+            if not is_stranger and not getattr(request.state, "has_arrived", False) and not await _hear_out(request):
+                refusal.headers["Connection"] = "close"  # or the rest would be read and dropped as long as it comes
+            return refusal
         self._service.metrics.bytes_moved(call.tenant.id, "http", "sent", len(response.body))
-        return response
+        return PiecedResponse(response, unread_timeout_s=self._body_timeout_s)
 
     async def _read_body(self, request: Request, max_bytes: int) -> bytes:
         """Raises: BodyTooLargeError, at once where the length is declared; DeadlineError for one that does not end."""
@@ -147,19 +155,39 @@ class HttpApi:
         except ClientDisconnect as error:
             raise ClientGoneError("the client hung up in the middle of its body") from error
         if num_bytes > max_bytes:
-            await _hear_out(request)
             raise BodyTooLargeError("body", f"{num_bytes} bytes or more > {max_bytes}")
+        request.state.has_arrived = True
         return bytes(body)
 
 
-async def _hear_out(request: Request) -> None:
-    """Reads and drops what the client was about to send before it can hear of an error."""
+class PiecedResponse(Response):
+    """An answer of which the client must take each piece in time: one that reads nothing holds a piece, not all."""
+
+    def __init__(self, whole: Response, *, unread_timeout_s: float) -> None:
+        super().__init__(whole.body, whole.status_code, media_type=whole.media_type)
+        self._unread_timeout_s = unread_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            for start in range(0, len(self.body) or 1, PIECE_BYTES):
+                end = start + PIECE_BYTES
+                async with unread_timeout(self._unread_timeout_s):
+                    piece = {"body": bytes(self.body[start:end]), "more_body": end < len(self.body)}
+                    await send({"type": "http.response.body", **piece})
+        except DeadlineError:
+            pass  # what is missing of its length tells the client
+
+
+async def _hear_out(request: Request) -> bool:
+    """Reads and drops what the client was about to send before it can hear of an error; whether that was all."""
     try:
         async with asyncio.timeout(LAST_WORDS_S):
             while (await request.receive()).get("more_body"):
                 pass
     except TimeoutError:
-        pass
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- headers

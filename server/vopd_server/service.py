@@ -90,7 +90,7 @@ class TeacherService:
         self._idle.set()
         self._num_calls: Counter[str] = Counter()
         self.last_answer_s = time.monotonic()
-        admission.set_tenants(door.tenants)
+        self._take_tenants()
 
     # ---------------------------------------------------------------- life
 
@@ -184,7 +184,11 @@ class TeacherService:
     def refresh_tenants(self) -> None:
         """Looks whether the keys have changed. Those that are gone are served what they have had admitted."""
         if self._door.reload_if_changed():
-            self.admission.set_tenants(self._door.tenants)
+            self._take_tenants()
+
+    def _take_tenants(self) -> None:
+        self._cache_salts = {tenant.id: tenant.cache_salt for tenant in self._door.tenants}
+        self.admission.set_tenants(self._door.tenants)
 
     def rejected(self, tenant_id: str, code: str) -> None:
         """A call, or a sequence of a stream, has ended with an error."""
@@ -270,7 +274,9 @@ class TeacherService:
         Raises: InvalidRequestError, UnsupportedError; UnauthenticatedError when the tenant's key has been revoked.
         """
         queue = self.admission.scheduler.queues.get(tenant.id)
-        if queue is None or queue.is_revoked:
+        # A tenant that has got a new key since has another salt, too: what came with the old key is over.
+        is_same_key = self._cache_salts.get(tenant.id) == tenant.cache_salt
+        if queue is None or queue.is_revoked or not is_same_key:
             raise UnauthenticatedError("the API key is not valid any more")
         check_temperature(temperature, self.info)
         check_shapes(shapes, info=self.info, limits=self.limits_for(tenant))
