@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak lint format proto clean
+.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak bench-flood lint format proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -57,6 +57,9 @@ bench-memory: install ## Memory, time and gradients of every loss against the pl
 
 bench-soak: install model ## 32 jobs with keys and weights against one teacher for five minutes: right, fair, no leak
 	$(BIN)/python bench/soak.py --model $(MODEL) --json bench/results/soak.json
+
+bench-flood: install model ## How long small requests take beside a job that floods
+	$(BIN)/python bench/flood.py --model $(MODEL) --json bench/results/flood.json
 
 lint: install ## Format, lint, types: what CI checks
 	$(BIN)/ruff format --check .

@@ -93,8 +93,6 @@ class Job:
         await self._client.close()
         self.tally.bytes_sent += self._client.bytes_sent
         self.tally.bytes_received += self._client.bytes_received
-        if self._plan.transport == "gRPC stream":
-            self.tally.untold["CANCELLED"] += 1  # how a stream's client says that it is done
 
     async def _work(self) -> None:
         while time.monotonic() < self._end_s:
@@ -172,8 +170,6 @@ class Job:
             self._take(unit, asking.result(), began_s)
         else:
             self.tally.given_up += len(unit)
-            if not streams:
-                self.tally.untold["CANCELLED"] += 1
         if hang_up:
             await self._hang_up()
             with suppress(TeacherUnavailableError, asyncio.CancelledError):
@@ -217,7 +213,7 @@ class Job:
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise
-                self.tally.untold.update(("DEADLINE_EXCEEDED", "CANCELLED"))
+                self.tally.untold["DEADLINE_EXCEEDED"] += 1
                 return None
 
     async def _http_with_deadline(self, request: pb.ScoreRequest, timeout_s: float) -> pb.ScoreResponse | None:
@@ -270,4 +266,3 @@ class Job:
         await writer.drain()
         await asyncio.sleep(0.05)
         writer.transport.abort()
-        self.tally.untold["CANCELLED"] += 1

@@ -53,7 +53,7 @@ BUSY_JOBS = (
         running=18,
         oldest_wait_s=9.8,
         reserved_part=0.62,
-        rejections={"CANCELLED": 7},
+        rejections={"RESOURCE_EXHAUSTED": 7},
     ),
     Job("anna-thesis", 3_020, swing=0.8, period_s=150, queued=3, running=11, oldest_wait_s=0.42, reserved_part=0.21),
     Job(

@@ -7,7 +7,7 @@ import re
 from base64 import b64encode
 from hashlib import sha256
 from importlib import resources
-from typing import Protocol, cast
+from typing import Protocol
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
@@ -15,7 +15,6 @@ from starlette.responses import RedirectResponse, Response
 
 from vopd_server.http_api import add_health
 from vopd_server.metrics import Metrics
-from vopd_server.service import TeacherService
 from vopd_server.status import ServiceStatus
 
 PAGE = "status_page.html"
@@ -39,7 +38,7 @@ def make_admin_app(service: Watched) -> FastAPI:
     /status.json is the `ServiceStatus` of the moment; the page at /status asks for it each second.
     """
     app = FastAPI(title="vopd teacher, admin", docs_url=None, redoc_url=None, openapi_url=None)
-    add_health(app, cast(TeacherService, service))  # of which it takes the state
+    add_health(app, lambda: service.state)
     page = resources.files("vopd_server").joinpath(PAGE).read_text(encoding="utf-8")
     page_headers = {
         "Content-Security-Policy": content_security_policy(page),

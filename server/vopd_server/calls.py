@@ -152,7 +152,7 @@ async def answering(
     finally:
         seconds = time.monotonic() - started_s
         service.metrics.call_ended(call.transport, call.method, code, seconds, call.tenant.id)
-        if code != "OK":
+        if code not in ("OK", "CANCELLED"):  # who hangs up has not been rejected; a client may end its stream so
             service.rejected(call.tenant.id, code)
         logger.log(
             logging.DEBUG if call.method in _QUIET_METHODS else logging.INFO,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from google.protobuf.message import Message
@@ -12,26 +12,23 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from vopd_proto import teacher_pb2 as pb
-from vopd_server.calls import Call, answering, get_info, get_tokenizer, score
+from vopd_server.calls import Call, get_info, get_tokenizer, score
 from vopd_server.codec import parse
-from vopd_server.concurrency import unread_timeout
 from vopd_server.errors import (
     BodyTooLargeError,
     ClientGoneError,
     DeadlineError,
     MediaTypeError,
-    TeacherError,
-    UnauthenticatedError,
 )
-from vopd_server.http_errors import error_response, routing_error_response
-from vopd_server.http_head import HeadResponse
+from vopd_server.http_call import Answer, CallResponse, whole_answer
+from vopd_server.http_errors import routing_error_response
+from vopd_server.http_head import head_answer
 from vopd_server.http_info import info_answer, tokenizer_answer
 from vopd_server.http_json import parse_score_body, score_answer
 from vopd_server.http_openapi import GET_HEAD, GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
-from vopd_server.http_request import api_key_of, timeout_of, while_connected
+from vopd_server.http_request import while_connected
 from vopd_server.service import TeacherService
 from vopd_server.version import SERVER_VERSION
 
@@ -41,9 +38,6 @@ Encoding = Literal["application/json", "application/x-protobuf"]
 # JSON is for people. Its numbers become Python objects, which take ten times the bytes. Of a request it bounds the
 # JSON itself, of an answer the protobuf that the JSON is made of.
 MAX_JSON_BYTES = 16 * 2**20
-# A client that is told of an error while it still sends may see a broken connection instead of the error.
-LAST_WORDS_S = 0.5
-PIECE_BYTES = 2**20
 
 
 def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
@@ -54,7 +48,7 @@ def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
     # No pages of documentation: they would load scripts from another site.
     app = FastAPI(title="vopd teacher", version=SERVER_VERSION, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _routing_error)
-    add_health(app, service)
+    add_health(app, lambda: service.state)
     api = HttpApi(service, body_timeout_s=body_timeout_s)
     app.get("/v1/info", **GET_INFO)(api.get_info)
     app.get("/v1/tokenizer", **GET_TOKENIZER)(api.get_tokenizer)
@@ -64,14 +58,14 @@ def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
     return app
 
 
-def add_health(app: FastAPI, service: TeacherService) -> None:
-    """/healthz: the process lives. /readyz: requests are answered."""
+def add_health(app: FastAPI, state: Callable[[], str]) -> None:
+    """/healthz: the process lives. /readyz: requests are answered. state: as `TeacherService.state`."""
 
     async def healthz() -> Response:
         return Response("ok\n", media_type="text/plain")
 
     async def readyz() -> Response:
-        return Response(f"{service.state}\n", 200 if service.state == "ready" else 503, media_type="text/plain")
+        return Response(f"{state()}\n", 200 if state() == "ready" else 503, media_type="text/plain")
 
     app.get("/healthz", **HEALTHZ)(healthz)
     app.get("/readyz", **READYZ)(readyz)
@@ -84,60 +78,48 @@ class HttpApi:
         self._service = service
         self._body_timeout_s = body_timeout_s
 
-    async def get_info(self, request: Request) -> Response:
-        async def answer(call: Call) -> Response:
+    async def get_info(self, _request: Request) -> Response:
+        async def answer(request: Request, call: Call) -> Answer:
             info = get_info(self._service, call)
             return _packed(info) if _wants(request, default=JSON) == PROTOBUF else _json(info_answer(info))
 
-        return await self._answer(request, "GetInfo", answer)
+        return self._respond("GetInfo", answer)
 
-    async def get_tokenizer(self, request: Request) -> Response:
-        async def answer(_call: Call) -> Response:
+    async def get_tokenizer(self, _request: Request) -> Response:
+        async def answer(request: Request, _call: Call) -> Answer:
             table = get_tokenizer(self._service)
             return _packed(table) if _wants(request, default=JSON) == PROTOBUF else _json(tokenizer_answer(table))
 
-        return await self._answer(request, "GetTokenizer", answer)
+        return self._respond("GetTokenizer", answer)
 
     async def get_head(self, _request: Request) -> Response:
-        return HeadResponse(self._service, unread_timeout_s=self._body_timeout_s)
+        async def answer(request: Request, _call: Call) -> Answer:
+            return head_answer(request, self._service.head_file)
 
-    async def score(self, request: Request) -> Response:
-        async def answer(call: Call) -> Response:
+        return self._respond("GetHead", answer)
+
+    async def score(self, _request: Request) -> Response:
+        async def answer(request: Request, call: Call) -> Answer:
             encoding = _encoding_of(request)
             limit = self._service.limits.max_message_bytes
             body = await self._read_body(request, min(limit, MAX_JSON_BYTES) if encoding == JSON else limit)
             self._service.metrics.bytes_moved(call.tenant.id, "http", "received", len(body))
             return await while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
 
-        return await self._answer(request, "Score", answer)
+        return self._respond("Score", answer)
 
-    async def _score(self, call: Call, body: bytes, encoding: Encoding, wanted: Encoding) -> Response:
+    async def _score(self, call: Call, body: bytes, encoding: Encoding, wanted: Encoding) -> Answer:
         if encoding == JSON:
             message = await asyncio.to_thread(parse_score_body, body)
         else:
             message = parse(pb.ScoreRequest, body)
         response = await score(self._service, call, message, max_json_bytes=MAX_JSON_BYTES if wanted == JSON else None)
         if wanted == JSON:
-            return Response(await asyncio.to_thread(score_answer, message, response), media_type=JSON)
+            return whole_answer(await asyncio.to_thread(score_answer, message, response), JSON)
         return _packed(response)
 
-    async def _answer(
-        self, request: Request, method: str, answer: Callable[[Call], Coroutine[Any, Any, Response]]
-    ) -> Response:
-        """Around every call; its errors become their responses."""
-        call = Call("http", method)
-        try:
-            api_key = api_key_of(request)
-            async with answering(self._service, call, api_key=api_key, timeout_s=timeout_of(request)):
-                response = await answer(call)
-        except TeacherError as error:
-            refusal = error_response(error, call.request_id)
-            is_stranger = isinstance(error, UnauthenticatedError)  # of whom nothing is read
-            if not is_stranger and not getattr(request.state, "has_arrived", False) and not await _hear_out(request):
-                refusal.headers["Connection"] = "close"  # or the rest would be read and dropped as long as it comes
-            return refusal
-        self._service.metrics.bytes_moved(call.tenant.id, "http", "sent", len(response.body))
-        return PiecedResponse(response, unread_timeout_s=self._body_timeout_s)
+    def _respond(self, method: str, answer: Callable[[Request, Call], Awaitable[Answer]]) -> CallResponse:
+        return CallResponse(self._service, method, answer, unread_timeout_s=self._body_timeout_s)
 
     async def _read_body(self, request: Request, max_bytes: int) -> bytes:
         """Raises: BodyTooLargeError, at once where the length is declared; DeadlineError for one that does not end."""
@@ -156,38 +138,7 @@ class HttpApi:
             raise ClientGoneError("the client hung up in the middle of its body") from error
         if num_bytes > max_bytes:
             raise BodyTooLargeError("body", f"{num_bytes} bytes or more > {max_bytes}")
-        request.state.has_arrived = True
         return bytes(body)
-
-
-class PiecedResponse(Response):
-    """An answer of which the client must take each piece in time: one that reads nothing holds a piece, not all."""
-
-    def __init__(self, whole: Response, *, unread_timeout_s: float) -> None:
-        super().__init__(whole.body, whole.status_code, media_type=whole.media_type)
-        self._unread_timeout_s = unread_timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            for start in range(0, len(self.body) or 1, PIECE_BYTES):
-                end = start + PIECE_BYTES
-                async with unread_timeout(self._unread_timeout_s):
-                    piece = {"body": bytes(self.body[start:end]), "more_body": end < len(self.body)}
-                    await send({"type": "http.response.body", **piece})
-        except DeadlineError:
-            pass  # what is missing of its length tells the client
-
-
-async def _hear_out(request: Request) -> bool:
-    """Reads and drops what the client was about to send before it can hear of an error; whether that was all."""
-    try:
-        async with asyncio.timeout(LAST_WORDS_S):
-            while (await request.receive()).get("more_body"):
-                pass
-    except TimeoutError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- headers
@@ -215,12 +166,12 @@ def _wants(request: Request, *, default: str) -> Encoding:
 # ---------------------------------------------------------------- answers
 
 
-def _packed(message: Message) -> Response:
-    return Response(message.SerializeToString(), media_type=PROTOBUF)
+def _packed(message: Message) -> Answer:
+    return whole_answer(message.SerializeToString(), PROTOBUF)
 
 
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type=JSON)
+def _json(answer: BaseModel) -> Answer:
+    return whole_answer(answer.model_dump_json().encode(), JSON)
 
 
 async def _routing_error(_request: Request, error: Exception) -> Response:

@@ -80,8 +80,6 @@ def error_response(error: TeacherError, request_id: str = "") -> Response:
     headers = {} if error.retry_delay_s is None else {"Retry-After": str(math.ceil(error.retry_delay_s))}
     if isinstance(error, UnauthenticatedError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, UnauthenticatedError | BodyTooLargeError):
-        headers["Connection"] = "close"  # or what is still sent would be read and dropped for as long as it comes
     return _response(http_status(error), detail, headers)
 
 

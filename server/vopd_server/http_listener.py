@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from vopd_server.errors import ConfigError
+from vopd_server.http_bodies import UnreadBodies
 from vopd_server.tls import TlsFiles
 
 BACKLOG = 2048
@@ -28,7 +29,7 @@ class HttpListener:
         self._scheme = "http" if tls is None else "https"
         self._server = _Server(
             uvicorn.Config(
-                app,
+                UnreadBodies(app),
                 log_config=None,  # whoever starts this has set up logging
                 access_log=False,  # `calls.answering` logs
                 lifespan="off",

@@ -1,21 +1,17 @@
-"""Ten thousand malformed requests, oversized ones and bombs: none brings the server down, or slows it afterwards."""
+"""Ten thousand malformed requests: none brings the server down, or slows it afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gzip
 import json
 import random
-import resource
 import statistics
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 
 import grpc
-import httpx2
-import pytest
 from grpc import aio
 
 from fake_engine import FakeEngine, until
@@ -135,8 +131,10 @@ async def seconds_of_a_good_request(teacher: FakeTeacher, number: int = 60) -> f
     return statistics.median(found)
 
 
-def peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_bytes() -> int:
+    """Resident at this moment: server, engine and clients are this process."""
+    [pages] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line]
+    return int(pages) * 1024
 
 
 async def test_ten_thousand_malformed_requests_do_no_harm() -> None:
@@ -144,7 +142,7 @@ async def test_ten_thousand_malformed_requests_do_no_harm() -> None:
     async with fake_teacher(FakeEngine(max_context_length=200)) as teacher:
         await seconds_of_a_good_request(teacher)
         before_s = await seconds_of_a_good_request(teacher)
-        peak_before = peak_memory_bytes()
+        memory_before = memory_bytes()
         codes: Counter[str] = Counter()
         waiting = attempts(rng, teacher)
 
@@ -158,55 +156,6 @@ async def test_ten_thousand_malformed_requests_do_no_harm() -> None:
         assert codes["INVALID_ARGUMENT"] > NUM_REQUESTS / 2, "most of them were not malformed"
         await until(lambda: teacher.reserved_tokens == 0 and teacher.num_waiting == 0)
         assert teacher.server.service.is_idle
-        assert peak_memory_bytes() - peak_before < 200 * 2**20
+        assert memory_bytes() - memory_before < 100 * 2**20
         after_s = await seconds_of_a_good_request(teacher)
         assert after_s < 2 * before_s, f"{before_s:.4f} s before, {after_s:.4f} s after"
-
-
-# ---------------------------------------------------------------- too large, and bombs
-
-
-async def test_a_body_over_the_limit_is_refused_and_one_without_an_end_is_not_kept() -> None:
-    async with fake_teacher(max_message_bytes=2**21, max_tokens_per_request=2048, max_top_k=64) as teacher:
-        peak_before = peak_memory_bytes()
-
-        async def endless() -> object:
-            while True:
-                yield bytes(2**16)
-
-        declared = await teacher.client.http.post("/v1/score", content=bytes(2**22), headers={"Content-Type": PROTOBUF})
-        assert declared.status_code == 413
-        undeclared = None
-        with contextlib.suppress(httpx2.NetworkError):  # the server hung up on a client that went on sending
-            undeclared = await teacher.client.http.post(
-                "/v1/score", content=endless(), headers={"Content-Type": PROTOBUF}
-            )
-        assert undeclared is None or undeclared.status_code == 413
-        assert peak_memory_bytes() - peak_before < 50 * 2**20
-        assert await teacher.client.score(CONTEXTS, [GOOD])
-
-
-@pytest.mark.parametrize("content_type", [JSON, PROTOBUF])
-async def test_a_compressed_body_is_refused_without_being_inflated(content_type: str) -> None:
-    bomb = gzip.compress(bytes(200 * 2**20))
-    async with fake_teacher() as teacher:
-        peak_before = peak_memory_bytes()
-        headers = {"Content-Type": content_type, "Content-Encoding": "gzip"}
-        response = await teacher.client.http.post("/v1/score", content=bomb, headers=headers)
-        assert (response.status_code, response.json()["error"]["field"]) == (415, "Content-Encoding")
-        assert peak_memory_bytes() - peak_before < 50 * 2**20
-        assert await teacher.client.score(CONTEXTS, [GOOD])
-
-
-async def test_a_compressed_message_that_inflates_over_the_limit_is_refused() -> None:
-    async with fake_teacher(max_message_bytes=2**21, max_tokens_per_request=2048, max_top_k=64) as teacher:
-        bomb = pb.ScoreRequest(request_id="x" * (100 * 2**20)).SerializeToString()
-        options = [("grpc.max_send_message_length", -1)]
-        peak_before = peak_memory_bytes()
-        address = teacher.url.removeprefix("grpc://")
-        async with aio.insecure_channel(address, options=options, compression=grpc.Compression.Gzip) as channel:
-            with pytest.raises(aio.AioRpcError) as refused:
-                await channel.unary_unary(SERVICE + "Score")(bomb)
-        assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
-        assert peak_memory_bytes() - peak_before < 2 * len(bomb), "the sender's copies are this process's, too"
-        assert await teacher.client.score(CONTEXTS, [GOOD])

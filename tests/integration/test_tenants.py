@@ -13,7 +13,7 @@ import pytest
 
 import wire_client
 from fake_engine import FakeEngine, fake_logprobs_TV, until
-from tenants import SharedTeacher, shared_teacher
+from tenants import SharedTeacher, shared_teacher, write_key
 from vopd_client.errors import TeacherPermissionError
 from vopd_client.teacher.client import TeacherClient
 from vopd_server.tenancy import TenantLimits
@@ -136,10 +136,10 @@ async def test_a_key_that_is_made_opens_and_one_that_is_revoked_closes_while_oth
 
 async def test_the_file_is_looked_at_by_itself_every_second(tmp_path: Path) -> None:
     async with shared_teacher(tmp_path, TWO) as shared:
-        service = shared.teacher.server.service
-        look, looks = service.refresh_tenants, []
-        service.refresh_tenants = lambda: looks.append(look())  # type: ignore[method-assign]
-        await until(lambda: len(looks) >= 2)
+        key = write_key(shared.keys_file, "late", NO_LIMITS)
+        await until(lambda: "late" in shared.sums)
+        async with shared.connect_with(f"Bearer {key}") as client:
+            await assert_scores(client)
 
 
 async def test_the_client_library_says_at_once_that_its_key_is_wrong(tmp_path: Path) -> None:

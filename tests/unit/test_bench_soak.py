@@ -225,15 +225,15 @@ def test_the_teacher_scored_what_was_answered_and_at_most_what_was_given_up() ->
 
 
 def test_rejections_are_those_that_the_misdeeds_ask_for() -> None:
-    tally = Tally(told=Counter(INVALID_ARGUMENT=2), untold=Counter(CANCELLED=3), strangers_refused=4)
+    tally = Tally(told=Counter(INVALID_ARGUMENT=2), untold=Counter(DEADLINE_EXCEEDED=3), strangers_refused=4)
 
     def verdict(rejections: dict[str, int], *, role: str = "unruly", strangers: int = 4) -> bool:
         last = status(rejections=rejections)
         return holds(check_rejections([plan(role)], {"a": tally}, last, {"UNAUTHENTICATED": strangers}))
 
     assert verdict({"INVALID_ARGUMENT": 2})
-    assert verdict({"INVALID_ARGUMENT": 2, "CANCELLED": 3})
-    assert not verdict({"INVALID_ARGUMENT": 2, "CANCELLED": 4})
+    assert verdict({"INVALID_ARGUMENT": 2, "DEADLINE_EXCEEDED": 3})
+    assert not verdict({"INVALID_ARGUMENT": 2, "DEADLINE_EXCEEDED": 4})
     assert not verdict({"INVALID_ARGUMENT": 1})
     assert not verdict({})
     assert not verdict({"INVALID_ARGUMENT": 2, "INTERNAL": 1})
