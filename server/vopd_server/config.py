@@ -126,7 +126,7 @@ class ServerConfig(BaseModel):
         None,
         ge=1,
         description="Tokens in the engine at a time; the rest waits where fairness decides. Default: one forward's "
-        "worth with transformers, two steps' worth with vLLM, and no more than its KV cache holds.",
+        "worth, with vLLM one step's and no more than its KV cache holds.",
     )
     calls_per_tenant: int = Field(256, ge=1, description="Calls of one tenant at a time, at most; a stream is one.")
 

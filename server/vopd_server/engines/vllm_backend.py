@@ -210,12 +210,11 @@ def launch(settings: LaunchSettings) -> VllmBackend:
 
 
 def window_tokens(*, max_batch_tokens: int, kv_cache_tokens: int) -> int:
-    """Two steps' worth, one that runs and one to follow at once; never more than the KV cache holds, or vLLM preempts.
+    """One step's worth: what is in vLLM runs first come, first served, so more would make everybody wait for it.
 
-    kv_cache_tokens: 0 where vLLM does not tell.
+    Never more than the KV cache holds, or vLLM preempts. kv_cache_tokens: 0 where vLLM does not tell.
     """
-    two_steps = 2 * max_batch_tokens
-    return min(two_steps, kv_cache_tokens) if kv_cache_tokens else two_steps
+    return min(max_batch_tokens, kv_cache_tokens) if kv_cache_tokens else max_batch_tokens
 
 
 def _end(llm: AsyncLLM, processes: list[psutil.Process]) -> None:
