@@ -264,7 +264,6 @@ def main() -> int:
         if arguments.teacher_log:
             arguments.teacher_log.write_bytes(teacher.log_path.read_bytes())
     figures, checks = figures_of(found), checks_of(found)
-    print_report(console, figures, checks)
     if arguments.json:
         content = {
             "machine": machine_facts(("grpcio", "torch", "transformers")),
@@ -285,6 +284,7 @@ def main() -> int:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    print_report(console, figures, checks)
     return 1 if any(check.holds is False for check in checks) else 0
 
 

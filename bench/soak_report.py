@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from soak_figures import SHARE_TOLERANCE, share_bars
@@ -177,12 +178,16 @@ def check_log(lines: Sequence[str]) -> Check:
 # ---------------------------------------------------------------- for people
 
 
-def print_report(console: Console, figures: Mapping[str, Any], checks: Sequence[Check]) -> None:
+def print_checks(console: Console, checks: Sequence[Check]) -> None:
     words = {True: "holds", False: "[bold red]FAILS", None: "[dim]not judged"}
     table = Table("check", "found", "bar", "")
     for check in checks:
-        table.add_row(check.what, check.found, check.bar, words[check.holds])
+        table.add_row(check.what, escape(check.found), check.bar, words[check.holds])  # a log line is no markup
     console.print(table)
+
+
+def print_report(console: Console, figures: Mapping[str, Any], checks: Sequence[Check]) -> None:
+    print_checks(console, checks)
     speeds = Table("sequences", "answered", "p50", "p95")
     for by_name in (figures["latency_by_transport"], figures["latency_by_kind"]):
         for name, row in by_name.items():

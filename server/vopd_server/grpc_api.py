@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,8 @@ class TeacherRpc:
                 yield call
         except TeacherError as error:
             metadata = (status_metadata(error, call.request_id),)
-            await context.abort(status_code(error), error_message(error), trailing_metadata=metadata)
+            with suppress(aio.InternalError):  # the call has ended meanwhile: by its deadline, at both ends at once
+                await context.abort(status_code(error), error_message(error), trailing_metadata=metadata)
 
 
 def add_teacher(server: aio.Server, rpc: TeacherRpc) -> None:

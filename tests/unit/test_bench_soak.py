@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from soak_figures import Look, busy_shares, growth_figures, latencies, slope_a_minute, total
 from soak_plan import MISDEEDS, TRANSPORTS, JobPlan, Tally, make_plans
@@ -19,9 +20,11 @@ from soak_report import (
     check_books,
     check_budgets,
     check_growth,
+    check_log,
     check_power,
     check_rejections,
     check_shares,
+    print_checks,
 )
 from soak_workload import (
     GROUP_SIZE,
@@ -335,3 +338,10 @@ def test_shares_are_not_judged_where_few_were_busy_or_little_was_had() -> None:
     assert check_shares(shares, WEIGHTS, 200_000).holds is None
     assert check_shares({}, WEIGHTS, 0).holds is None
     assert check_shares(busy_shares(looks(), WEIGHTS), WEIGHTS, 5_000).holds is None
+
+
+def test_a_line_of_the_log_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_checks(Console(width=200), [check_log(["ERROR raised by servicer method [/vopd.teacher.v1.Teacher/Score]"])])
+    printed = capsys.readouterr().out
+    assert "[/vopd.teacher.v1.Teacher/Score]" in printed
+    assert "FAILS" in printed

@@ -108,6 +108,23 @@ async def test_the_servers_own_clock_ends_a_call_at_its_deadline() -> None:
     assert service.is_idle
 
 
+async def test_a_call_that_both_ends_have_ended_at_its_deadline_is_no_error_of_the_server() -> None:
+    """gRPC raises what it raises here when the status finds nobody any more."""
+
+    class EndedContext(Context):
+        async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
+            self.aborted = code, details
+            raise aio.InternalError("Failed execute_batch")
+
+    engine = FakeEngine()
+    rpc, service = await rpc_around(engine)
+    engine.hold()
+    context: Any = EndedContext(REQUEST.SerializeToString(), time_remaining_s=0.01)
+    await rpc.Score(None, context)
+    assert context.aborted[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert (engine.num_cancelled, reserved_tokens(service)) == (1, 0)
+
+
 async def test_a_call_whose_deadline_has_passed_never_reaches_the_engine() -> None:
     engine = FakeEngine()
     rpc, _ = await rpc_around(engine)
