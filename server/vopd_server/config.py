@@ -103,6 +103,12 @@ class ServerConfig(BaseModel):
     max_batch_tokens: int = Field(
         16_384, ge=1, description="Padded tokens in one forward pass, at most; a longer sequence runs alone."
     )
+    context_cache_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Tokens of contexts whose keys and values the transformers engine keeps, for completions that "
+        "arrive after the first of their group; 0: none. Default: max-batch-tokens.",
+    )
     max_sequences_per_request: int = Field(256, ge=1, description="Sequences in one Score request, at most.")
     max_tokens_per_request: int = Field(
         131_072, ge=2, description="Context + completion tokens over all sequences of one request, at most."

@@ -70,6 +70,7 @@ def _transformers_engine(config: ServerConfig) -> Engine:
         max_context_length=config.max_context_length,
         max_request_tokens=config.max_tokens_per_request,
         max_batch_tokens=config.max_batch_tokens,
+        context_cache_tokens=config.context_cache_tokens,
         max_top_k=config.max_top_k,
         deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,10 @@ async def test_other_architectures_score_as_they_do_themselves(name: str, tmp_pa
     async with serving(tmp_path, allow_full_vocab=True) as engine:
         scores = await score_all(engine, requests)
         assert (engine.stats.context_tokens_reused > 0) == shares
-        for asked, answer in zip(requests, scores, strict=True):
+        reused = engine.stats.context_tokens_reused
+        again = [await engine.score(one) for one in requests]  # one after the other: only what is kept can be shared
+        assert (engine.stats.context_tokens_reused > reused) == shares
+        for asked, answer in zip(requests * 2, scores + again, strict=True):
             assert_close_to_plain(model, asked, answer)
             if answer.hidden_states_TH is not None:
                 assert engine.info.head is not None
@@ -276,6 +280,78 @@ async def test_a_shared_context_is_read_once_for_all_waves_of_a_small_budget(tin
         assert engine.stats.tokens_forwarded == 50 + 5 * 10
 
 
+@asynccontextmanager
+async def counting(model_dir: Path, **settings: Any) -> AsyncIterator[tuple[TransformersEngine, list[int]]]:
+    """An engine, and the tokens that its model reads, a number for each forward."""
+    tokens_read: list[int] = []
+    async with serving(model_dir, **settings) as engine:
+        embedding = engine._scoring_model.backbone._base_model.get_input_embeddings()  # type: ignore[union-attr]
+        embedding.register_forward_hook(lambda _module, inputs, _output: tokens_read.append(inputs[0].numel()))
+        yield engine, tokens_read
+
+
+async def test_a_group_that_arrives_one_by_one_reads_its_context_once(tiny_model_dir: Path, tiny_model: Any) -> None:
+    group = [request(np.arange(50), np.arange(seed, seed + 9), TeacherTopK(5)) for seed in range(3)]
+    async with counting(tiny_model_dir) as (engine, tokens_read):
+        scores = [await engine.score(one) for one in group]
+        assert engine.stats.context_tokens_reused == 2 * 50
+    assert tokens_read == [50 + 8, 8, 8]
+    for asked, answer in zip(group, scores, strict=True):
+        assert_close_to_plain(tiny_model, asked, answer)
+
+
+async def test_late_members_of_several_groups_go_on_together_from_contexts_of_unlike_length(
+    tiny_model_dir: Path, tiny_model: Any
+) -> None:
+    contexts = [np.arange(length) for length in (50, 7, 33)]
+    late = [request(ids, np.arange(seed, seed + 9), TeacherTopK(5)) for seed, ids in enumerate(contexts * 2)]
+    async with counting(tiny_model_dir) as (engine, tokens_read):
+        await score_all(engine, [request(ids, np.arange(4)) for ids in contexts[:2]])
+        tokens_read.clear()
+        scores = await score_all(engine, late)
+    assert tokens_read == [33, 6 * 8]  # the third group's context was new
+    for asked, answer in zip(late, scores, strict=True):
+        assert_close_to_plain(tiny_model, asked, answer)
+
+
+async def test_the_same_tokens_again_get_the_same_scores_and_only_their_completion_is_read(
+    tiny_model_dir: Path, tiny_model: Any
+) -> None:
+    asked = request(np.arange(50), np.arange(9), Candidates(np.arange(18), np.full(9, 2)))
+    async with counting(tiny_model_dir) as (engine, tokens_read):
+        first, second = await engine.score(asked), await engine.score(asked)
+    assert tokens_read == [58, 8]
+    for answer in (first, second):
+        assert_close_to_plain(tiny_model, asked, answer)
+
+
+async def test_another_tenants_context_is_read_anew(tiny_model_dir: Path) -> None:
+    mine = request(np.arange(50), np.arange(9))
+    async with counting(tiny_model_dir) as (engine, tokens_read):
+        await engine.score(replace(mine, cache_salt="mine"))
+        await engine.score(replace(mine, cache_salt="yours"))
+        assert engine.stats.context_tokens_reused == 0
+    assert tokens_read == [58, 58]
+
+
+async def test_no_more_contexts_are_kept_than_there_is_room_for(tiny_model_dir: Path) -> None:
+    contexts = [np.arange(first, first + 40) for first in range(3)]
+    async with counting(tiny_model_dir, context_cache_tokens=100) as (engine, tokens_read):
+        for ids in (*contexts, contexts[2], contexts[1], contexts[0], np.arange(101), np.arange(101)):
+            await engine.score(request(ids, np.arange(9)))
+        assert engine._kept.num_tokens <= 100
+    # The first went when the third came; what is longer than the whole room is read again each time.
+    assert tokens_read == [48, 48, 48, 8, 8, 48, 109, 109]
+    assert engine._kept.num_tokens == 0  # closed
+
+
+async def test_nothing_is_kept_where_it_is_switched_off(tiny_model_dir: Path) -> None:
+    async with counting(tiny_model_dir, context_cache_tokens=0) as (engine, tokens_read):
+        for _ in range(2):
+            await engine.score(request(np.arange(50), np.arange(9)))
+    assert tokens_read == [58, 58]
+
+
 async def test_one_token_completions_cost_their_contexts_alone(tiny_model_dir: Path) -> None:
     requests = [request(np.arange(20), np.array([seed])) for seed in range(5)]
     async with serving(tiny_model_dir) as engine:
@@ -312,7 +388,7 @@ import numpy as np
 from vopd_server.engines.transformers import TransformersEngine
 from vopd_server.types import Candidates, ScoreRequest, TeacherTopK
 
-async def main(model_dir, concurrency):
+async def main(model_dir, concurrency, context_cache_tokens):
     rng = np.random.default_rng(3)
     contexts = [rng.integers(0, 259, length) for length in (5, 30, 30, 61)]
     requests = []
@@ -320,7 +396,10 @@ async def main(model_dir, concurrency):
         completion = rng.integers(0, 259, [1, 13, 40][index % 3])
         support = TeacherTopK(6) if index % 2 else Candidates(completion[::-1].copy(), np.ones_like(completion))
         requests.append(ScoreRequest("r", contexts[index % 4], completion, support, [1.0, 0.7][index % 2]))
-    engine = TransformersEngine(model=model_dir, device="cpu", deterministic=True, chunk_elements=7 * 259)
+    engine = TransformersEngine(
+        model=model_dir, device="cpu", deterministic=True, chunk_elements=7 * 259,
+        context_cache_tokens=context_cache_tokens,
+    )
     await engine.start()
     digest = hashlib.sha256()
     for start in range(0, len(requests), concurrency):
@@ -329,24 +408,24 @@ async def main(model_dir, concurrency):
     await engine.close()
     print(digest.hexdigest(), engine.stats.forwards)
 
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 """
 
 
 def test_deterministic_scores_have_the_same_bits_in_any_company_and_process(tiny_model_dir: Path) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", DIGEST_SCRIPT, str(tiny_model_dir), str(concurrency)],
+            [sys.executable, "-c", DIGEST_SCRIPT, str(tiny_model_dir), str(concurrency), str(context_cache_tokens)],
             stdout=subprocess.PIPE,
             text=True,
         )
-        for concurrency in (1, 24)
+        for concurrency, context_cache_tokens in ((1, 0), (1, 1000), (24, 0))
     ]
     outputs = [process.communicate(timeout=200)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [0, 0, 0]
     digests, forwards = {digest for digest, _ in outputs}, [int(count) for _, count in outputs]
     assert len(digests) == 1
-    assert forwards[0] > forwards[1]  # the company did differ: alone, every context was read again
+    assert forwards[0] > forwards[1] == forwards[2]  # alone and with nothing kept, every context was read again
 
 
 # ------------------------------------------------------------------ failures reach those they concern

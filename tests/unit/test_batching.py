@@ -23,6 +23,7 @@ def queues(draw: st.DrawFn) -> list[Shape]:
     return [shape(str(context), context_lengths[context], length) for context, length in entries]
 
 
+KEPT = st.sets(st.integers(0, 7)).map(lambda indices: {str(index).encode() for index in indices})
 BUDGETS = st.sampled_from([1, 64, 500, 2000, 100_000])
 
 
@@ -39,9 +40,9 @@ def forwards_of(plan: PassPlan, queue: list[Shape]) -> list[tuple[int, int]]:
     return forwards
 
 
-@given(queues(), BUDGETS, st.booleans(), st.booleans())
+@given(queues(), BUDGETS, KEPT, st.booleans(), st.booleans())
 def test_every_request_runs_exactly_once_and_each_pass_holds_the_oldest(
-    queue: list[Shape], max_tokens: int, can_share: bool, one_by_one: bool
+    queue: list[Shape], max_tokens: int, kept: set[bytes], can_share: bool, one_by_one: bool
 ) -> None:
     waiting = list(range(len(queue)))
     ran: list[int] = []
@@ -50,6 +51,7 @@ def test_every_request_runs_exactly_once_and_each_pass_holds_the_oldest(
             [queue[index] for index in waiting],
             max_tokens=max_tokens,
             can_share=can_share,
+            kept=kept,
             one_by_one=one_by_one,
         )
         assert 0 in plan.members  # so nothing waits for more passes than there were requests before it
@@ -59,11 +61,11 @@ def test_every_request_runs_exactly_once_and_each_pass_holds_the_oldest(
     assert sorted(ran) == list(range(len(queue)))
 
 
-@given(queues(), BUDGETS, st.booleans())
+@given(queues(), BUDGETS, KEPT, st.booleans())
 def test_a_forward_keeps_the_token_budget_unless_one_row_alone_exceeds_it(
-    queue: list[Shape], max_tokens: int, can_share: bool
+    queue: list[Shape], max_tokens: int, kept: set[bytes], can_share: bool
 ) -> None:
-    plan = plan_next_pass(queue, max_tokens=max_tokens, can_share=can_share)
+    plan = plan_next_pass(queue, max_tokens=max_tokens, can_share=can_share, kept=kept)
     for num_rows, width in forwards_of(plan, queue):
         assert num_rows * width <= max_tokens or num_rows == 1
 
@@ -75,6 +77,17 @@ def test_requests_with_equal_contexts_land_in_one_pass_that_shares_them(queue: l
     company = [index for index, entry in enumerate(queue) if entry.context_key in contexts]
     assert sorted(plan.members) == company
     assert plan.shares_contexts == (len(company) > len(contexts))
+
+
+@given(queues(), BUDGETS, KEPT)
+def test_a_completion_goes_on_from_a_kept_context_even_alone(
+    queue: list[Shape], max_tokens: int, kept: set[bytes]
+) -> None:
+    plan = plan_next_pass(queue, max_tokens=max_tokens, kept=kept)
+    if queue[0].context_key in kept:
+        assert plan.shares_contexts
+    if not plan.shares_contexts:
+        assert not kept & {queue[index].context_key for index in plan.members}
 
 
 @given(queues(), BUDGETS)

@@ -26,6 +26,24 @@ LONG_OF_SHORT = {"max_context_length": 1000, "max_batch_tokens": 4096}  # a batc
 LONGER_THAN_A_BATCH = {"max_context_length": 5000, "max_batch_tokens": 4096}
 
 
+class KeptContext:
+    """Stands for a ReadContext; copies count for as long as someone has them."""
+
+    tokens_alive = 0
+
+    def __init__(self, length: int, *, is_copy: bool = False) -> None:
+        self.length = length
+        self.last_hidden_H = torch.zeros(1)
+        self._counted = length * is_copy
+        KeptContext.tokens_alive += self._counted
+
+    def __del__(self) -> None:
+        KeptContext.tokens_alive -= self._counted
+
+    def copied(self) -> KeptContext:
+        return KeptContext(self.length, is_copy=True)
+
+
 @dataclass
 class MeasuredModel:
     """Stands for a ScoringModel: each forward takes a byte a padded token, cached ones included."""
@@ -38,22 +56,38 @@ class MeasuredModel:
     forwards: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     supports: set[int] = field(default_factory=set)
+    counts_what_is_kept: bool = False
+    kept_beside: int = 0  # tokens of copied contexts, at most, while a forward ran
 
     def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[Any, None]:
         contexts = {context_key(request): len(request.context_ids) for request in requests}
         self.cached.append(len(contexts) * max(contexts.values()))
-        return "states", None
+        return {key: KeptContext(length) for key, length in contexts.items()}, None
 
-    def score(self, requests: Sequence[ScoreRequest], states: Any) -> None:
+    def score(self, requests: Sequence[ScoreRequest], contexts: Any, *, keep_contexts: bool) -> None:
         tokens = len(requests) * max(request.num_tokens - 1 for request in requests)
         self.supports |= {cast(TeacherTopK, request.support).k for request in requests}
-        if tokens > self.device_bytes:
+        self.kept_beside = max(self.kept_beside, KeptContext.tokens_alive)
+        if tokens + KeptContext.tokens_alive * self.counts_what_is_kept > self.device_bytes:
             raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore than anyone wants to read.")
         self.forwards.append(tokens)
 
 
-def run(model: MeasuredModel, *, max_top_k: int = 100, deterministic: bool = False, **limits: int) -> None:
-    warm_up(cast(ScoringModel, model), max_top_k=max_top_k, deterministic=deterministic, **limits)
+def run(
+    model: MeasuredModel,
+    *,
+    max_top_k: int = 100,
+    context_cache_tokens: int = 0,
+    deterministic: bool = False,
+    **limits: int,
+) -> None:
+    warm_up(
+        cast(ScoringModel, model),
+        max_top_k=max_top_k,
+        context_cache_tokens=context_cache_tokens,
+        deterministic=deterministic,
+        **limits,
+    )
 
 
 def plans(*, can_share: bool, deterministic: bool, **limits: int) -> list[tuple[list[ScoreRequest], PassPlan]]:
@@ -92,9 +126,26 @@ def test_the_longest_sequence_and_a_full_batch_are_run_whole_and_on_cached_conte
     model = MeasuredModel()
     run(model, **LONG_OF_SHORT)
     assert model.forwards[0] == 999
-    assert model.forwards.count(4 * 999) == 2  # read whole, and on two contexts
+    assert model.forwards.count(4 * 999) == 3  # read whole, with long and with short contexts, and on two contexts
     assert model.cached == [998, 2 * 998]
     assert model.supports == {100}
+
+
+def test_the_contexts_that_may_be_kept_are_there_while_it_runs() -> None:
+    model = MeasuredModel()
+    run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
+    assert model.kept_beside == 3 * 999
+    assert KeptContext.tokens_alive == 0
+    model = MeasuredModel(can_share_contexts=False)
+    run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
+    assert model.kept_beside == 0
+
+
+def test_what_does_not_fit_beside_kept_contexts_is_refused() -> None:
+    model = MeasuredModel(6000, counts_what_is_kept=True)
+    run(model, **LONG_OF_SHORT)
+    with pytest.raises(ConfigError, match=r"context_cache_tokens \(now 3100\)"):
+        run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
 
 
 def test_a_sequence_longer_than_a_batch_is_the_largest_forward() -> None:
@@ -125,7 +176,8 @@ def test_what_does_not_fit_is_refused_with_the_settings_to_lower(
 ) -> None:
     expected = (
         f"{what} with a support of 100 ids would be admitted and do not fit the memory of cuda:1: lower "
-        "max_context_length (now 1000), max_batch_tokens (now 4096) or max_top_k (now 100): "
+        "max_context_length (now 1000), max_batch_tokens (now 4096), context_cache_tokens (now 0) "
+        "or max_top_k (now 100): "
         "CUDA out of memory. Tried to allocate 2.00 GiB."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$") as refused:
@@ -146,9 +198,9 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory() -> None:
 def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     longest, score = [], ScoringModel.score
 
-    def spy(model: ScoringModel, requests: Sequence[ScoreRequest], states: Any) -> Any:
+    def spy(model: ScoringModel, requests: Sequence[ScoreRequest], contexts: Any, **settings: bool) -> Any:
         longest.append(max(request.num_tokens for request in requests))
-        return score(model, requests, states)
+        return score(model, requests, contexts, **settings)
 
     monkeypatch.setattr(ScoringModel, "score", spy)
     loaded = load_model(
@@ -160,7 +212,12 @@ def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool, m
         trust_remote_code=False,
     )
     warm_up(
-        scoring_model(loaded), max_context_length=40, max_batch_tokens=200, max_top_k=500, deterministic=deterministic
+        scoring_model(loaded),
+        max_context_length=40,
+        max_batch_tokens=200,
+        context_cache_tokens=100,
+        max_top_k=500,
+        deterministic=deterministic,
     )
     assert len(longest) >= 2
     assert set(longest) == {40}

@@ -1,8 +1,8 @@
 """Which queued requests run together: pure functions on lengths, no model and no queue.
 
 A *pass* is what the engine runs before it looks at its queue again. Without sharing it is one padded
-forward of whole sequences. With sharing every distinct context runs once, and the completions follow on
-its cache in one or more *waves*, each a padded forward of its own.
+forward of whole sequences. With sharing every distinct context runs once, or not at all where it has been kept,
+and the completions follow on its cache in one or more *waves*, each a padded forward of its own.
 
 Every plan holds the oldest request of the queue, so a request waits for at most as many passes as there
 are requests before it: long or odd ones cannot starve. What joins the oldest is chosen by length.
@@ -10,7 +10,7 @@ are requests before it: long or odd ones cannot starve. What joins the oldest is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 # Rows that run together differ in length by at most the shorter one's length, so a row is at most half
@@ -73,13 +73,19 @@ class _Block:
 
 
 def plan_next_pass(
-    shapes: Sequence[Shape], *, max_tokens: int, can_share: bool = True, one_by_one: bool = False
+    shapes: Sequence[Shape],
+    *,
+    max_tokens: int,
+    can_share: bool = True,
+    kept: Set[bytes] = frozenset(),
+    one_by_one: bool = False,
 ) -> PassPlan:
     """The next pass over a queue, oldest request first.
 
     max_tokens: padded tokens that one forward may hold, cached contexts included (each row has its own
         copy of its context's cache). Only a request that alone exceeds it may exceed it, alone.
     can_share: whether the model's cache can be computed once and expanded over a group.
+    kept: keys of contexts that have been read before: also a single completion goes on from there.
     one_by_one: forwards of one row each, so that shapes depend on the request alone.
 
     All queued requests with the context of a shared pass's member are part of that pass.
@@ -89,14 +95,16 @@ def plan_next_pass(
     oldest_group = groups[shapes[0].context_key]
     if one_by_one:
         return PassPlan(can_share, tuple((index,) for index in oldest_group))
-    if can_share and len(oldest_group) > 1:
-        blocks = [_group_block(members, shapes) for members in groups.values() if len(members) > 1]
+
+    def shares(key: bytes) -> bool:
+        return can_share and (len(groups[key]) > 1 or key in kept)
+
+    if shares(shapes[0].context_key):
+        blocks = [_group_block(members, shapes) for key, members in groups.items() if shares(key)]
         picked = _joined_with_neighbours(blocks, max_tokens)
         return PassPlan(True, _waves(picked.members, shapes, picked.context_width, max_tokens))
     singles = [
-        _Block((index,), shape.tokens_fed, 0)
-        for index, shape in enumerate(shapes)
-        if not (can_share and len(groups[shape.context_key]) > 1)
+        _Block((index,), shape.tokens_fed, 0) for index, shape in enumerate(shapes) if not shares(shape.context_key)
     ]
     return PassPlan(False, (tuple(sorted(_joined_with_neighbours(singles, max_tokens).members)),))
 

@@ -9,7 +9,6 @@ predicted by row C - 1 + t, and the last completion token is never fed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from vopd_proto.arrays import IntArray
+from vopd_server.engines.contexts import (
+    EXPANDABLE_LAYERS,
+    KeepingLayer,
+    ReadContext,
+    ReadContexts,
+    contexts_in_batch,
+    joined_cache,
+)
 from vopd_server.types import ScoreRequest
-
-# Cache layers that hold what they have read as [B, heads, S, ...] and replace it when they grow, so that a
-# layer can be copied shallowly and its rows selected. Recurrent states and quantised caches are not here.
-_EXPANDABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 _PAD_ID = 0  # any id that the embedding has; what is computed at pads is never read
 
@@ -51,17 +54,6 @@ class Forwarded:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ContextStates:
-    """Distinct contexts, read once: what completions continue from."""
-
-    row_of_context: dict[bytes, int]
-    last_hidden_GH: torch.Tensor  # predicts each completion's first token
-    lengths_G: IntArray
-    padded_length: int
-    cache: DynamicCache
-
-
 class Backbone:
     """The model below its output head. Not a place for state: every call is a function of its arguments."""
 
@@ -78,7 +70,7 @@ class Backbone:
         """Whether a context's states can be copied to several rows: attention layers only, sliding or not."""
         if not self._takes_cache or getattr(self._base_model, "_is_stateful", False):
             return False
-        return all(type(layer) in _EXPANDABLE_LAYERS for layer in self._new_cache().layers)
+        return all(type(layer) in EXPANDABLE_LAYERS for layer in self._new_cache().layers)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._base_model.config)
@@ -89,16 +81,32 @@ class Backbone:
         Padding is on the right, where a causal model never looks, so there is neither mask nor position and
         the attention kernels that need none can run.
         """
-        sequences = [np.concatenate((request.context_ids, request.completion_ids[:-1])) for request in requests]
+        sequences = _whole(requests)
         ids_BS = _padded_right(sequences)
         hidden_BSH = self._forward(ids_BS, use_cache=False)
-        rows = [
-            _flat_rows(row, ids_BS.shape[1], len(request.context_ids) - 1, len(request.completion_ids))
-            for row, request in enumerate(requests)
-        ]
-        return self._select(hidden_BSH, rows), _cost(ids_BS, sequences)
+        return self._completion_rows(hidden_BSH, requests), _cost(ids_BS, sequences)
 
-    def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[ContextStates, Forwarded]:
+    def read_whole_and_contexts(
+        self, requests: Sequence[ScoreRequest]
+    ) -> tuple[torch.Tensor, dict[bytes, ReadContext], Forwarded]:
+        """As `read_whole`, and on the way the states of the contexts, in memory of their own."""
+        sequences = _whole(requests)
+        ids_BS = _padded_right(sequences)
+        lengths = [len(request.context_ids) for request in requests]
+        cache = self._new_cache()
+        keeping = [KeepingLayer(layer, lengths) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        assert len(keeping) == len(cache.layers), "has_expandable_cache says whether this can be asked"
+        cache.layers = list(keeping)
+        hidden_BSH = self._forward(ids_BS, use_cache=True, past_key_values=cache)
+        contexts = {
+            context_key(request): ReadContext(
+                length, hidden_BSH[row, length - 1].clone(), tuple(layer.kept[row] for layer in keeping)
+            )
+            for row, (request, length) in enumerate(zip(requests, lengths, strict=True))
+        }
+        return self._completion_rows(hidden_BSH, requests), contexts, _cost(ids_BS, sequences)
+
+    def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[dict[bytes, ReadContext], Forwarded]:
         """One forward of the requests' distinct contexts.
 
         Padding is on the left, so that a completion follows its context without a gap: sliding windows
@@ -115,31 +123,27 @@ class Backbone:
             past_key_values=cache,
             **self._after_left_padding(padded_length - lengths_G, padded_length),
         )
-        states = ContextStates(
-            row_of_context={key: row for row, key in enumerate(contexts)},
-            last_hidden_GH=hidden_GSH[:, -1].clone(),  # a view would keep [G, S, H] alive
-            lengths_G=lengths_G,
-            padded_length=padded_length,
-            cache=cache,
-        )
-        return states, _cost(ids_GS, list(contexts.values()))
+        last_hidden_GH = hidden_GSH[:, -1].clone()  # a view would keep [G, S, H] alive
+        read = contexts_in_batch(cache, last_hidden_GH, lengths_G.tolist())
+        return dict(zip(contexts, read, strict=True)), _cost(ids_GS, list(contexts.values()))
 
     def read_completions(
-        self, states: ContextStates, requests: Sequence[ScoreRequest]
+        self, contexts: ReadContexts, requests: Sequence[ScoreRequest]
     ) -> tuple[torch.Tensor, Forwarded]:
-        """One forward of completions on their contexts' cache, which is left as it was: hidden states [N, H]."""
-        group_B = np.array([states.row_of_context[context_key(request)] for request in requests])
-        first_hidden_BH = states.last_hidden_GH[torch.as_tensor(group_B, device=self.device)]
+        """One forward of completions on their contexts, which are left as they were: hidden states [N, H]."""
+        contexts_B = [contexts[context_key(request)] for request in requests]
+        first_hidden_BH = torch.stack([context.last_hidden_H for context in contexts_B])
         fed = [request.completion_ids[:-1] for request in requests]
         ids_BS = _padded_right(fed)
         if ids_BS.shape[1] == 0:  # one-token completions: the contexts have said it all
             return first_hidden_BH, Forwarded()
-        pads_B = states.padded_length - states.lengths_G[group_B]
+        lengths_B = np.array([context.length for context in contexts_B])
+        padded_length = int(lengths_B.max())
         hidden_BSH = self._forward(
             ids_BS,
             use_cache=True,
-            past_key_values=self._expanded(states, group_B),
-            **self._after_left_padding(pads_B, states.padded_length + ids_BS.shape[1], ids_BS.shape[1]),
+            past_key_values=joined_cache(self._new_cache(), contexts_B, padded_length),
+            **self._after_left_padding(padded_length - lengths_B, padded_length + ids_BS.shape[1], ids_BS.shape[1]),
         )
         # Behind the fed rows come the B first rows: one selection puts every request's rows in order.
         hidden_RH = torch.cat((hidden_BSH.flatten(0, 1), first_hidden_BH))
@@ -167,17 +171,22 @@ class Backbone:
             inputs["position_ids"] = torch.as_tensor(fed_positions, device=self.device)
         return inputs
 
-    def _expanded(self, states: ContextStates, group_B: IntArray) -> DynamicCache:
-        """A cache of its own for every row; the contexts' stays as it is, for the next wave."""
-        cache = copy.copy(states.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        if not np.array_equal(group_B, np.arange(len(states.lengths_G))):
-            cache.batch_select_indices(torch.as_tensor(group_B, device=self.device))
-        return cache
+    def _completion_rows(self, hidden_BSH: torch.Tensor, requests: Sequence[ScoreRequest]) -> torch.Tensor:
+        """The rows of whole sequences that predict completion tokens, [N, H]."""
+        rows = [
+            _flat_rows(row, hidden_BSH.shape[1], len(request.context_ids) - 1, len(request.completion_ids))
+            for row, request in enumerate(requests)
+        ]
+        return self._select(hidden_BSH, rows)
 
     def _select(self, hidden: torch.Tensor, rows: Sequence[IntArray]) -> torch.Tensor:
         index_N = torch.as_tensor(np.concatenate(rows), device=self.device)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index_N)
+
+
+def _whole(requests: Sequence[ScoreRequest]) -> list[IntArray]:
+    """What the model reads of each: the last completion token predicts nothing asked for."""
+    return [np.concatenate((request.context_ids, request.completion_ids[:-1])) for request in requests]
 
 
 def _padded_right(sequences: Sequence[IntArray]) -> IntArray:

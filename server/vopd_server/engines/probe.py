@@ -70,14 +70,19 @@ def can_share_contexts(model: Any, backbone: Backbone, head: OutputHead) -> bool
         logger.info("%s has a cache that cannot be shared: contexts are read once a completion", architecture)
         return False
     requests = _probe_requests(head.vocab_size)
-    states, _ = backbone.read_contexts(requests)
-    hidden_NH, _ = backbone.read_completions(states, requests)
-    difference = _difference(_logprobs(head, hidden_NH), _logprobs(head, _alone(backbone, requests)))
-    if not difference.relative <= _tolerance(model.dtype, _BATCH_TOLERANCE_EPS):
+    contexts, _ = backbone.read_contexts(requests)
+    if any(None in context.layers for context in contexts.values()):
+        logger.info("%s has layers that share one cache: contexts are read once a completion", architecture)
+        return False
+    expected = _logprobs(head, _alone(backbone, requests))
+    whole_NH, kept, _ = backbone.read_whole_and_contexts(requests)
+    ways = (whole_NH, *(backbone.read_completions(read, requests)[0] for read in (contexts, kept)))
+    differences = [_difference(_logprobs(head, hidden_NH), expected) for hidden_NH in ways]
+    if not all(difference.relative <= _tolerance(model.dtype, _BATCH_TOLERANCE_EPS) for difference in differences):
         logger.warning(
             "%s scores up to %.3g nats differently on a shared context: contexts are read once a completion",
             architecture,
-            difference.largest_nats,
+            max(difference.largest_nats for difference in differences),
         )
         return False
     return True

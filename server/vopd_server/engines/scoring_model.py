@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vopd_server.engines.forward import Backbone, ContextStates, Forwarded
+from vopd_server.engines.contexts import ReadContext, ReadContexts
+from vopd_server.engines.forward import Backbone, Forwarded
 from vopd_server.engines.head import (
     ACCELERATOR_CHUNK_ELEMENTS,
     CPU_CHUNK_ELEMENTS,
@@ -27,6 +28,20 @@ from vopd_server.types import ScoreRequest, Scores, TokenizerInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What one forward gave.
+
+    results: one a request; an EngineError in the place of one for which the model gave NaN, or hidden states that
+        are not finite.
+    contexts: those that were read on the way, in memory of their own.
+    """
+
+    results: list[Scores | EngineError]
+    forwarded: Forwarded
+    contexts: dict[bytes, ReadContext]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoringModel:
     """Scores lists of requests in one forward each. Thread-compatible: one call at a time."""
 
@@ -39,27 +54,28 @@ class ScoringModel:
     chunk_rows: int
     can_share_contexts: bool
 
-    def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[ContextStates, Forwarded]:
+    def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[dict[bytes, ReadContext], Forwarded]:
         """The requests' distinct contexts, each read once, for `score`."""
         with torch.inference_mode():
             return self.backbone.read_contexts(requests)
 
     def score(
-        self, requests: Sequence[ScoreRequest], states: ContextStates | None
-    ) -> tuple[list[Scores | EngineError], Forwarded]:
-        """Scores requests with completions of at least one token, on their contexts' states where given.
+        self, requests: Sequence[ScoreRequest], contexts: ReadContexts | None, *, keep_contexts: bool = False
+    ) -> Scored:
+        """Scores requests with completions of at least one token, on their contexts where given.
 
-        The result holds an EngineError in the place of a request for which the model gave NaN, or
-        hidden states that are not finite.
+        keep_contexts: give the contexts that are read on the way; only where `can_share_contexts`.
         """
+        read: dict[bytes, ReadContext] = {}
         with torch.inference_mode():
-            hidden_NH, forwarded = (
-                self.backbone.read_whole(requests)
-                if states is None
-                else self.backbone.read_completions(states, requests)
-            )
+            if contexts is not None:
+                hidden_NH, forwarded = self.backbone.read_completions(contexts, requests)
+            elif keep_contexts:
+                hidden_NH, read, forwarded = self.backbone.read_whole_and_contexts(requests)
+            else:
+                hidden_NH, forwarded = self.backbone.read_whole(requests)
             answers = score_rows(self.head, hidden_NH, row_queries(requests), chunk_rows=self.chunk_rows)
-        return split_answers(requests, answers), forwarded
+        return Scored(split_answers(requests, answers), forwarded, read)
 
 
 def scoring_model(loaded: LoadedModel, *, chunk_elements: int | None = None) -> ScoringModel:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -20,7 +21,8 @@ from typing import TypeVar
 import transformers
 
 from vopd_server.engines.batching import Shape, plan_next_pass
-from vopd_server.engines.forward import ContextStates, Forwarded, context_key
+from vopd_server.engines.contexts import ContextCache, ReadContext, ReadContexts
+from vopd_server.engines.forward import Forwarded, context_key
 from vopd_server.engines.head_file import head_directory, write_head_file
 from vopd_server.engines.loading import DtypeName, choose_device, load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
@@ -52,7 +54,7 @@ class EngineStats:
     forwards: int = 0
     tokens_forwarded: int = 0  # padding included
     padding_tokens: int = 0
-    context_tokens_reused: int = 0  # read once for a group instead of once a completion
+    context_tokens_reused: int = 0  # that a completion found read: for its group, or kept from before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +76,8 @@ class TransformersEngine:
     max_context_length: context + completion tokens of one request; the model's own limit bounds it.
     max_request_tokens: tokens beyond which no sequence is admitted, so that no room is needed for them.
     max_batch_tokens: padded tokens one forward may hold, cached contexts included; a longer request runs alone.
+    context_cache_tokens: tokens of contexts that are kept for completions that arrive after the first of their
+        group; None: max_batch_tokens; 0: none. They take the memory of so many tokens' keys and values.
     max_top_k: ids in the support of one position, at most.
     deterministic: every forward's shape depends on its request alone (one row; a context, then its
         completion on its cache), so the same request gives the same bits in whatever company, from run to
@@ -98,6 +102,7 @@ class TransformersEngine:
         max_context_length: int | None = None,
         max_request_tokens: int | None = None,
         max_batch_tokens: int = 16_384,
+        context_cache_tokens: int | None = None,
         max_top_k: int = 1024,
         deterministic: bool = False,
         trust_remote_code: bool = False,
@@ -107,6 +112,7 @@ class TransformersEngine:
         self._model_id = model
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
+        self._kept = ContextCache(max_batch_tokens if context_cache_tokens is None else context_cache_tokens)
 
         def load() -> tuple[ScoringModel, HeadFile | None]:
             loaded = load_model(
@@ -125,6 +131,7 @@ class TransformersEngine:
                     model_to_score,
                     max_context_length=min(loaded.max_context_length, max_request_tokens or loaded.max_context_length),
                     max_batch_tokens=max_batch_tokens,
+                    context_cache_tokens=self._kept.max_tokens,
                     max_top_k=max_top_k,
                     deterministic=deterministic,
                 )
@@ -245,6 +252,7 @@ class TransformersEngine:
             await asyncio.wait((self._dispatcher,))
         await asyncio.to_thread(self._executor.shutdown)
         self._remove_head()
+        self._kept.clear()
         self._scoring_model = None
 
     def _write_head(self, model: ScoringModel) -> HeadFile:
@@ -284,27 +292,43 @@ class TransformersEngine:
             [entry.shape for entry in queued],
             max_tokens=self._max_batch_tokens,
             can_share=self._scoring_model.can_share_contexts,
+            kept=self._kept.keys,
             one_by_one=self._deterministic,
         )
         members = [queued[index] for index in plan.members]
         for entry in members:
             del self._queue[entry.number]
         started_at_s = time.perf_counter()
-        states = None
+        contexts = None
         if plan.shares_contexts:
-            requests = [entry.request for entry in members]
-            outcome = await self._in_worker(lambda model: model.read_contexts(requests))
-            if isinstance(outcome, BaseException):
-                _fail(members, outcome)
+            contexts = await self._contexts_of(members)
+            if contexts is None:
                 return
-            states, forwarded = outcome
-            self._count(forwarded, context_tokens_reused=_tokens_reused(members))
         contexts_time_s = time.perf_counter() - started_at_s
         for wave in plan.waves:
-            await self._run_wave([queued[index] for index in wave], states, contexts_time_s)
+            await self._run_wave([queued[index] for index in wave], contexts, contexts_time_s)
         self._stats = replace(self._stats, passes=self._stats.passes + 1)
 
-    async def _run_wave(self, entries: list[_Queued], states: ContextStates | None, contexts_time_s: float) -> None:
+    async def _contexts_of(self, members: Sequence[_Queued]) -> ReadContexts | None:
+        """The members' contexts, those that are not kept from before read in one forward; None: it failed, and so
+        have the members."""
+        length_of = {entry.shape.context_key: entry.shape.context_length for entry in members}
+        contexts = self._kept.of(length_of)
+        to_read = [entry.request for entry in members if entry.shape.context_key not in contexts]
+        forwarded, num_read = Forwarded(), 0
+        if to_read:
+            outcome = await self._in_worker(partial(self._read_contexts, to_read))
+            if isinstance(outcome, BaseException):
+                _fail(members, outcome)
+                return None
+            read, forwarded = outcome
+            contexts |= read
+            num_read = sum(length_of[key] for key in read)
+        num_used = sum(entry.shape.context_length for entry in members)
+        self._count(forwarded, context_tokens_reused=num_used - num_read)
+        return contexts
+
+    async def _run_wave(self, entries: list[_Queued], contexts: ReadContexts | None, contexts_time_s: float) -> None:
         """One forward; hands every request its own answer. Calls cancelled meanwhile are left out."""
         waiting = [entry for entry in entries if not entry.answer.done()]
         if not waiting:
@@ -314,7 +338,7 @@ class TransformersEngine:
             return
         requests = [entry.request for entry in waiting]
         started_at_s = time.perf_counter()
-        outcome = await self._in_worker(lambda model: model.score(requests, states))
+        outcome = await self._in_worker(partial(self._score, requests, contexts))
         if isinstance(outcome, BaseException):
             _fail(waiting, outcome)
             return
@@ -330,6 +354,24 @@ class TransformersEngine:
             queue_time_s = started_at_s - contexts_time_s - entry.queued_at_s
             timed = replace(result, queue_time_s=queue_time_s, engine_time_s=engine_time_s)
             entry.answer.set_result(timed)
+
+    # In the worker thread, where copying what is kept holds nobody up; a pass at a time, so nothing else looks on.
+
+    def _read_contexts(
+        self, requests: Sequence[ScoreRequest], model: ScoringModel
+    ) -> tuple[dict[bytes, ReadContext], Forwarded]:
+        contexts, forwarded = model.read_contexts(requests)
+        if self._kept.max_tokens:
+            self._kept.keep({key: context.copied() for key, context in contexts.items()})
+        return contexts, forwarded
+
+    def _score(
+        self, requests: Sequence[ScoreRequest], contexts: ReadContexts | None, model: ScoringModel
+    ) -> tuple[list[Scores | EngineError], Forwarded]:
+        keep_contexts = model.can_share_contexts and self._kept.max_tokens > 0
+        scored = model.score(requests, contexts, keep_contexts=keep_contexts)
+        self._kept.keep(scored.contexts)
+        return scored.results, scored.forwarded
 
     async def _in_worker(self, call: Callable[[ScoringModel], Result]) -> Result | BaseException:
         """Runs `call` in the worker thread and returns what it returns or raises: the dispatcher lives on."""
@@ -379,9 +421,3 @@ def _engine_error(error: BaseException) -> EngineError:
     engine_error = EngineError(f"the model failed: {type(error).__name__}: {error}")
     engine_error.__cause__ = error
     return engine_error
-
-
-def _tokens_reused(entries: Sequence[_Queued]) -> int:
-    """Context tokens that a pass without sharing would have read again."""
-    distinct = {entry.shape.context_key: entry.shape.context_length for entry in entries}
-    return sum(entry.shape.context_length for entry in entries) - sum(distinct.values())

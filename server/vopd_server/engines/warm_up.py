@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vopd_server.engines.batching import Shape, plan_next_pass
+from vopd_server.engines.contexts import ContextCache
 from vopd_server.engines.forward import context_key
 from vopd_server.engines.scoring_model import ScoringModel
 from vopd_server.errors import ConfigError
@@ -26,13 +27,21 @@ logger = logging.getLogger(__name__)
 
 
 def warm_up(
-    model: ScoringModel, *, max_context_length: int, max_batch_tokens: int, max_top_k: int, deterministic: bool
+    model: ScoringModel,
+    *,
+    max_context_length: int,
+    max_batch_tokens: int,
+    context_cache_tokens: int,
+    max_top_k: int,
+    deterministic: bool,
 ) -> None:
-    """Runs the largest passes, and leaves their memory to the allocator for those to come.
+    """Runs the largest passes beside a full cache of contexts, and leaves their memory to the allocator.
 
     Raises: ConfigError, with the settings to lower, when one does not fit the device.
     """
     started_s = time.monotonic()
+    keep_contexts = model.can_share_contexts and context_cache_tokens > 0
+    kept = ContextCache(context_cache_tokens)
     for requests in largest_passes(
         max_context_length=max_context_length,
         max_batch_tokens=max_batch_tokens,
@@ -42,15 +51,24 @@ def warm_up(
         deterministic=deterministic,
     ):
         try:
-            _run(model, requests, max_batch_tokens=max_batch_tokens, deterministic=deterministic)
+            if keep_contexts and not kept.num_tokens:
+                _fill(kept, model, length=min(context_cache_tokens, max_context_length - 1))
+            _run(
+                model,
+                requests,
+                max_batch_tokens=max_batch_tokens,
+                deterministic=deterministic,
+                keep_contexts=keep_contexts,
+            )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _is_out_of_memory(error):
                 raise
             what = f"{len(requests)} x {requests[0].num_tokens} tokens with a support of {max_top_k} ids"
             raise ConfigError(
                 f"{what} would be admitted and do not fit the memory of {model.backbone.device}: "
-                f"lower max_context_length (now {max_context_length}), max_batch_tokens (now {max_batch_tokens}) "
-                f"or max_top_k (now {max_top_k}): {str(error).splitlines()[0]}"
+                f"lower max_context_length (now {max_context_length}), max_batch_tokens (now {max_batch_tokens}), "
+                f"context_cache_tokens (now {context_cache_tokens}) or max_top_k (now {max_top_k}): "
+                f"{str(error).splitlines()[0]}"
             ) from None  # the frames of the cause hold the tensors that did fit
     logger.info("the largest forwards fit the device", extra={"seconds": time.monotonic() - started_s})
 
@@ -79,12 +97,28 @@ def largest_passes(
     if deterministic or num_rows == 1 or width < 4:
         return passes  # forwards of one row each, and none is larger than these
     passes.append([request(2, width, row) for row in range(num_rows)])
+    passes.append([request(width - 1, width, row) for row in range(num_rows)])  # contexts that are kept
     if can_share:  # two of each context, and what is not shared is short: nearly all of it is cached, twice
         passes.append([request(width - 2, width, row // 2) for row in range(num_rows - num_rows % 2)])
     return passes
 
 
-def _run(model: ScoringModel, requests: Sequence[ScoreRequest], *, max_batch_tokens: int, deterministic: bool) -> None:
+def _fill(kept: ContextCache, model: ScoringModel, *, length: int) -> None:
+    """One context's states, as often as there is room for them."""
+    request = ScoreRequest("warm-up", np.zeros(length, np.int64), np.zeros(1, np.int64))
+    [context] = model.read_contexts([request])[0].values()
+    for number in range(kept.max_tokens // length):
+        kept.keep({number.to_bytes(8): context.copied()})
+
+
+def _run(
+    model: ScoringModel,
+    requests: Sequence[ScoreRequest],
+    *,
+    max_batch_tokens: int,
+    deterministic: bool,
+    keep_contexts: bool,
+) -> None:
     """One pass, as `TransformersEngine` runs it."""
     plan = plan_next_pass(
         [Shape(context_key(request), len(request.context_ids), len(request.completion_ids)) for request in requests],
@@ -92,11 +126,11 @@ def _run(model: ScoringModel, requests: Sequence[ScoreRequest], *, max_batch_tok
         can_share=model.can_share_contexts,
         one_by_one=deterministic,
     )
-    states = None
+    contexts = None
     if plan.shares_contexts:
-        states, _ = model.read_contexts([requests[index] for index in plan.members])
+        contexts, _ = model.read_contexts([requests[index] for index in plan.members])
     for wave in plan.waves:
-        model.score([requests[index] for index in wave], states)
+        model.score([requests[index] for index in wave], contexts, keep_contexts=keep_contexts)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
