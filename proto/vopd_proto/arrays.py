@@ -31,23 +31,35 @@ def pack_uints(values: npt.NDArray[np.integer]) -> pb.UIntArray:
     return pb.UIntArray(bytes_per_item=bytes_per_item, data=little_endian[:, :bytes_per_item].tobytes())
 
 
-def unpack_uints(array: pb.UIntArray) -> IntArray:
-    """The integers of `array`, [N] int64.
+def unpack_uints(*arrays: pb.UIntArray) -> IntArray:
+    """The integers of the arrays, one after the other, [N] int64, in memory of their own and nothing beside it.
 
-    Raises: ArrayError when the width is not 1 to 4 or the bytes are not a whole number of items.
+    Raises: ArrayError when a width is not 1 to 4 or bytes are not a whole number of items.
     """
+    for array in arrays:
+        _check_uints(array)
+    joined = np.empty(sum(num_uints(array) for array in arrays), np.int64)
+    start = 0
+    for array in arrays:
+        part = joined[start : start + num_uints(array)]
+        if array.bytes_per_item == 3:
+            little_endian = part.view(np.uint8).reshape(-1, 8)
+            little_endian[:] = 0
+            little_endian[:, :3] = np.frombuffer(array.data, np.uint8).reshape(-1, 3)
+        elif len(part):
+            part[:] = np.frombuffer(array.data, f"<u{array.bytes_per_item}")
+        start += len(part)
+    return joined
+
+
+def _check_uints(array: pb.UIntArray) -> None:
     width = array.bytes_per_item
     if not array.data:
-        return np.empty(0, np.int64)
+        return
     if width not in (1, 2, 3, 4):
         raise ArrayError(f"bytes_per_item is {width}; it must be 1, 2, 3 or 4")
     if len(array.data) % width:
         raise ArrayError(f"{len(array.data)} bytes are not a whole number of {width}-byte items")
-    if width == 3:
-        padded = np.zeros((len(array.data) // 3, 4), np.uint8)
-        padded[:, :3] = np.frombuffer(array.data, np.uint8).reshape(-1, 3)
-        return padded.view("<u4").reshape(-1).astype(np.int64)
-    return np.frombuffer(array.data, f"<u{width}").astype(np.int64)
 
 
 def num_uints(array: pb.UIntArray) -> int:
@@ -75,18 +87,32 @@ def pack_floats(values: npt.NDArray[np.floating], float_type: pb.FloatType) -> p
     raise ArrayError(f"float type {float_type} is not known; FLOAT32, FLOAT16 and BFLOAT16 are")
 
 
-def unpack_floats(array: pb.FloatArray) -> Float32Array:
-    """The floats of `array`, [N] float32.
+def unpack_floats(*arrays: pb.FloatArray) -> Float32Array:
+    """The floats of the arrays, one after the other, [N] float32, in memory of their own and nothing beside it.
 
     Raises: ArrayError for an unknown type or bytes that are not a whole number of items.
     """
+    sizes = [_num_floats(array) for array in arrays]
+    joined = np.empty(sum(sizes), np.float32)
+    start = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        part = joined[start : start + size]
+        if array.type == pb.BFLOAT16:
+            bits = part.view(np.uint32)
+            bits[:] = np.frombuffer(array.data, "<u2")
+            bits <<= 16
+        else:
+            part[:] = np.frombuffer(array.data, "<f2" if array.type == pb.FLOAT16 else "<f4")
+        start += size
+    return joined
+
+
+def _num_floats(array: pb.FloatArray) -> int:
     widths = {pb.FLOAT32: 4, pb.FLOAT16: 2, pb.BFLOAT16: 2}
     if not array.data:
-        return np.empty(0, np.float32)
+        return 0
     if array.type not in widths:
         raise ArrayError(f"float type {array.type} is not known; FLOAT32, FLOAT16 and BFLOAT16 are")
     if len(array.data) % widths[array.type]:
         raise ArrayError(f"{len(array.data)} bytes are not a whole number of {widths[array.type]}-byte floats")
-    if array.type == pb.BFLOAT16:
-        return (np.frombuffer(array.data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float32)
-    return np.frombuffer(array.data, "<f4" if array.type == pb.FLOAT32 else "<f2").astype(np.float32)
+    return len(array.data) // widths[array.type]

@@ -127,7 +127,7 @@ def decode_scores(
     sampled = _joined_floats([chunk.sampled_logprobs for chunk in chunks])
     support_logprobs = _joined_floats([chunk.support_logprobs for chunk in chunks])
     try:
-        support_ids = np.concatenate([np.empty(0, np.int64), *(unpack_uints(c.support_ids) for c in chunks)])
+        support_ids = unpack_uints(*(chunk.support_ids for chunk in chunks))
     except ArrayError as error:
         raise AlignmentError(f"support ids: {error}") from error
     return checked_scores(
@@ -171,6 +171,6 @@ def _joined_hidden_states(chunks: Sequence[pb.SequenceScores], *, hidden_size: i
 
 def _joined_floats(arrays: Sequence[pb.FloatArray]) -> Float32Array:
     try:
-        return np.concatenate([np.empty(0, np.float32), *(unpack_floats(array) for array in arrays)])
+        return unpack_floats(*arrays)
     except ArrayError as error:
         raise AlignmentError(f"scores: {error}") from error
