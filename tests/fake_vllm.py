@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vopd_server.engines.vllm_backend import BackendFacts
+from vopd_server.engines.vllm_requests import CONTEXT_TOKENS
 from vopd_server.errors import EngineError, InvalidRequestError
 from vopd_server.types import TokenizerInfo
 
@@ -66,6 +67,7 @@ class Output:
 class FakeVllm:
     """Implements `vllm_backend.Backend`. runner: "v1" has no given ids; "v2" has.
 
+    stays_within_contexts: whether the scheduler looks at what requests say of their contexts, as ours does.
     preempt_with: what a request finds cached when it resumes, for the next requests (None: not preempted).
     """
 
@@ -77,6 +79,7 @@ class FakeVllm:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.arrivals: asyncio.Queue[str] = asyncio.Queue()  # request ids, to wait for
+        self.stays_within_contexts = True
         self.preempt_with: int | None = None
         self.spoil: Any = None  # called with every output, to change it
         self.error: Exception | None = None
@@ -85,7 +88,7 @@ class FakeVllm:
         self.stale: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = {}  # freed buffers by shape
         self._cached: set[tuple[int, ...]] = set()
         nothing = TokenizerInfo((b"a",), "", "", None, (), None, "f")
-        self.facts = BackendFacts("0", "r", "float32", VOCAB_SIZE, 4, max_model_len, BLOCK_SIZE, 512, 1024, nothing)
+        self.facts = BackendFacts("0", "r", "float32", VOCAB_SIZE, 4, max_model_len, 512, 1024, nothing)
 
     async def answer(
         self, request_id: str, prompt_ids: list[int], arguments: dict[str, Any], *, read_cache: bool, salt: str
@@ -98,7 +101,8 @@ class FakeVllm:
             raise self.error
         if self.runner == "v1" and "prompt_logprob_token_ids" in arguments:
             raise InvalidRequestError("request", "requires the V2 model runner")
-        hit = self._hit(prompt_ids) if read_cache else 0
+        readable = arguments["extra_args"][CONTEXT_TOKENS] if self.stays_within_contexts else len(prompt_ids)
+        hit = self._hit(prompt_ids[:readable]) if read_cache else 0
         try:
             await asyncio.sleep(0)  # concurrent requests are scheduled before any of them has filled the cache
             await self.may_answer.wait()

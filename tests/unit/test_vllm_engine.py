@@ -55,7 +55,7 @@ def assert_exact(request: ScoreRequest, scores: Scores) -> None:
             np.testing.assert_array_equal(scores.support_logprobs, rows_TV[rows, ids])
 
 
-CONTEXT = list(range(20))  # with blocks of 8 the first boundary behind it is 24
+CONTEXT = list(range(20))  # two blocks of 8 and a half
 WAYS = [("v1", NoSupport()), ("v1", TeacherTopK(3)), ("v2", NoSupport()), ("v2", TeacherTopK(3))]
 CANDIDATES = Candidates(np.arange(30) % VOCAB_SIZE, np.array([3] * 10))
 
@@ -81,8 +81,10 @@ class TestPrefixCache:
         requests = [request(CONTEXT, [1, 2, 3, 4, 5, 6, 7, 8, 9, last], support) for last in range(6)]
         for asked, scores in zip(requests, await asyncio.gather(*map(engine.score, requests)), strict=True):
             assert_exact(asked, scores)
-        assert len(fake.asked) == 6
-        assert engine.stats == VllmStats(requests=6, cache_reads_off=5)
+        late = request(CONTEXT, [1, 2, 3, 4, 5, 6, 7, 8, 9, 6], support)
+        assert_exact(late, await engine.score(late))
+        assert len(fake.asked) == 7
+        assert engine.stats == VllmStats(requests=7, tokens_reused=16)
 
     async def test_the_same_tokens_twice_are_exact(self, runner: str, support: Support, start: Start) -> None:
         engine = await start(FakeVllm(runner))
@@ -90,9 +92,10 @@ class TestPrefixCache:
             asked = request(CONTEXT, list(range(10)), support)
             assert_exact(asked, await engine.score(asked))
 
-    async def test_a_hit_that_nobody_foresaw_is_asked_again(self, runner: str, support: Support, start: Start) -> None:
-        """The longer context before holds this completion's opening."""
+    async def test_a_hit_past_the_context_is_asked_again(self, runner: str, support: Support, start: Start) -> None:
+        """The longer context before holds this completion's opening, and the scheduler is not ours."""
         fake = FakeVllm(runner)
+        fake.stays_within_contexts = False
         engine = await start(fake)
         await engine.score(request([*CONTEXT, *range(20)], [1]))
         asked = request(CONTEXT, list(range(10)), support)
@@ -111,10 +114,13 @@ class TestPrefixCache:
     async def test_a_context_that_ends_on_a_block_boundary_is_exact(
         self, runner: str, support: Support, start: Start
     ) -> None:
-        engine = await start(FakeVllm(runner))
+        fake = FakeVllm(runner)
+        engine = await start(fake)
         for first in range(3):
             asked = request(list(range(3 * BLOCK_SIZE)), [first, *range(9)], support)
             assert_exact(asked, await engine.score(asked))
+        # All but the last block: its last row scores the first completion token.
+        assert engine.stats == VllmStats(requests=3, tokens_reused=2 * 2 * BLOCK_SIZE)
 
     async def test_a_one_token_context_is_exact(self, runner: str, support: Support, start: Start) -> None:
         engine = await start(FakeVllm(runner))
@@ -125,6 +131,7 @@ class TestPrefixCache:
 async def test_stale_memory_of_the_same_tokens_is_not_taken_for_scores(start: Start) -> None:
     """The V1 runner's freed buffer holds the same completion's numbers after another context."""
     fake = FakeVllm("v1")
+    fake.stays_within_contexts = False
     engine = await start(fake)
     other = [49, *CONTEXT[1:]]
     await engine.score(request([*CONTEXT, *range(16)], [1]))

@@ -1,4 +1,4 @@
-"""What vLLM is asked for, and which requests must not read its prefix cache."""
+"""What vLLM is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vopd_server.engines.vllm_arguments import check_engine_args
-from vopd_server.engines.vllm_requests import RecentOpenings, opening_length, scoring_arguments, token_id_columns
+from vopd_server.engines.vllm_requests import CONTEXT_TOKENS, scoring_arguments, token_id_columns
 from vopd_server.errors import ConfigError, UnsupportedError
 from vopd_server.types import Candidates, HiddenStates, NoSupport, ScoreRequest, Support, TeacherTopK
 
@@ -37,13 +37,20 @@ def test_a_one_token_context_is_scored_from_row_0() -> None:
 
 
 def test_a_runner_without_given_ids_is_asked_for_the_actual_tokens() -> None:
-    assert scoring_arguments(request([1], [7]), has_token_ids=False) == {"prompt_logprobs": 0}
+    assert scoring_arguments(request([1], [7]), has_token_ids=False)["prompt_logprobs"] == 0
 
 
 @pytest.mark.parametrize("has_token_ids", [False, True])
 def test_the_teachers_top_k_is_asked_for_by_number(has_token_ids: bool) -> None:
     asked = scoring_arguments(request([1], [7], TeacherTopK(5)), has_token_ids=has_token_ids)
-    assert asked == {"prompt_logprobs": 5}
+    assert asked == {"prompt_logprobs": 5, "extra_args": {CONTEXT_TOKENS: 1}}
+
+
+@pytest.mark.parametrize("has_token_ids", [False, True])
+def test_every_request_says_how_far_the_prefix_cache_may_be_read(has_token_ids: bool) -> None:
+    for support in (NoSupport(), TeacherTopK(5)):
+        asked = scoring_arguments(request([1, 2, 3], [7], support), has_token_ids=has_token_ids)
+        assert asked["extra_args"] == {CONTEXT_TOKENS: 3}
 
 
 def test_a_support_that_the_runner_lacks_is_refused() -> None:
@@ -52,69 +59,6 @@ def test_a_support_that_the_runner_lacks_is_refused() -> None:
         scoring_arguments(request([1], [7], candidates), has_token_ids=False)
     with pytest.raises(UnsupportedError, match="hidden_states"):
         scoring_arguments(request([1], [7], HiddenStates()), has_token_ids=True)
-
-
-@pytest.mark.parametrize(("context_length", "end"), [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16)])
-def test_an_opening_ends_on_the_first_block_boundary_at_or_behind_the_context(context_length: int, end: int) -> None:
-    assert opening_length(context_length, 8) == end
-
-
-class TestRecentOpenings:
-    """Blocks of 4 tokens."""
-
-    context = (1, 2, 3, 4, 5, 6)  # two tokens short of a boundary
-
-    def meet(self, openings: RecentOpenings, completion: list[int], **salt: str) -> bool:
-        return openings.meet(request(list(self.context), completion), **salt)
-
-    def test_the_second_completion_that_shares_an_opening_does_not_read_the_cache(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7, 8, 9])
-        assert self.meet(openings, [7, 8, 1, 1])
-
-    def test_completions_that_differ_before_the_boundary_read_it(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7, 8, 9])
-        assert not self.meet(openings, [7, 9, 9])
-
-    def test_a_completion_that_ends_before_the_boundary_neither_leaves_nor_finds_an_opening(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7])
-        assert not self.meet(openings, [7])
-        assert not self.meet(openings, [7, 8, 9])
-
-    def test_a_completion_that_ends_on_the_boundary_leaves_an_opening_and_finds_none(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7, 8])
-        assert not self.meet(openings, [7, 8])  # vLLM computes the last token in any case
-        assert self.meet(openings, [7, 8, 9])
-
-    def test_a_context_that_ends_on_a_boundary_shares_its_opening_with_all_its_completions(self) -> None:
-        openings = RecentOpenings(block_size=6)
-        assert not self.meet(openings, [7, 8])
-        assert self.meet(openings, [9, 9])
-
-    def test_other_contexts_and_other_salts_share_nothing(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7, 8, 9])
-        assert not openings.meet(request([2, 2, 3, 4, 5, 6], [7, 8, 9]))
-        assert not self.meet(openings, [7, 8, 9], salt="other")
-        assert self.meet(openings, [7, 8, 9])
-
-    def test_the_same_tokens_split_elsewhere_share_an_opening(self) -> None:
-        openings = RecentOpenings(block_size=4)
-        assert not self.meet(openings, [7, 8, 9])
-        assert not openings.meet(request([1, 2, 3, 4, 5, 6, 7], [8]))  # ends on the boundary
-        assert openings.meet(request([1, 2, 3, 4, 5, 6, 7], [8, 1]))
-
-    def test_the_oldest_opening_is_forgotten_first(self) -> None:
-        openings = RecentOpenings(block_size=4, capacity=2)
-        self.meet(openings, [1, 1, 9])
-        self.meet(openings, [2, 2, 9])
-        self.meet(openings, [1, 1, 9])
-        self.meet(openings, [3, 3, 9])
-        assert self.meet(openings, [1, 1, 9])
-        assert not self.meet(openings, [2, 2, 9])
 
 
 class TestEngineArgs:

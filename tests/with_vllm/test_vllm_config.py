@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import SchedulerConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vopd_server.engines import vllm_config
 from vopd_server.engines.vllm_config import LaunchSettings, engine_config
@@ -31,6 +33,22 @@ def test_the_settings_reach_vllm(demo_model_dir: Path) -> None:
     assert config.model_config.original_max_model_len == -1  # it is lowered to what the KV cache holds
     assert config.scheduler_config.max_num_batched_tokens <= vllm_config.V1_MAX_NUM_BATCHED_TOKENS
     assert config.scheduler_config.max_num_seqs == 7
+    assert config.scheduler_config.get_scheduler_cls().__name__.endswith("ScoringScheduler")
+    assert config.cache_config.block_size == vllm_config.CPU_BLOCK_SIZE
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_scheduler_is_async_where_vllms_own_would_be(is_async: bool) -> None:
+    """A CPU has no asynchronous scheduling, so the other one is looked at as vLLM would find it."""
+    scheduler = SchedulerConfig(
+        max_model_len=100, is_encoder_decoder=False, scheduler_cls=vllm_config.SCHEDULERS[is_async]
+    )
+    assert issubclass(scheduler.get_scheduler_cls(), AsyncScheduler) == is_async
+
+
+def test_an_operators_own_block_size_stands(demo_model_dir: Path) -> None:
+    found = engine_config(settings(demo_model_dir, engine_args={"block_size": 64}), None)
+    assert found.cache_config.block_size == 64
 
 
 def test_no_room_is_made_for_what_is_not_admitted(demo_model_dir: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,33 @@ async def test_a_shared_context_is_read_from_the_cache(engine: VllmEngine, refer
     hits_before = counter("vllm:prefix_cache_hits_total")
     await assert_equal(engine, reference, [request(context, ids(18, 10))])
     assert counter("vllm:prefix_cache_hits_total") - hits_before == 3 * BLOCK_SIZE
+
+
+async def test_a_context_that_ends_on_a_block_is_read_from_the_cache_but_for_its_last_block(
+    engine: VllmEngine, reference: Reference
+) -> None:
+    context = ids(27, 3 * BLOCK_SIZE)
+    await engine.score(request(context, ids(28, 10)))
+    hits_before, asked_again_before = counter("vllm:prefix_cache_hits_total"), engine.stats.asked_again
+    await assert_equal(engine, reference, [request(context, ids(29, 10), TeacherTopK(3))])
+    assert counter("vllm:prefix_cache_hits_total") - hits_before == 2 * BLOCK_SIZE
+    assert engine.stats.asked_again == asked_again_before
+
+
+async def test_completions_that_open_alike_are_asked_once(engine: VllmEngine, reference: Reference) -> None:
+    context, opening = ids(90, 2 * BLOCK_SIZE + 5), ids(91, 2 * BLOCK_SIZE)
+    await engine.score(request(context, opening))
+    asked_again_before = engine.stats.asked_again
+    await assert_equal(engine, reference, [request(context, np.concatenate((opening, ids(92, 10))), TeacherTopK(3))])
+    assert engine.stats.asked_again == asked_again_before
+
+
+async def test_another_tenants_context_is_not_read_from_the_cache(engine: VllmEngine, reference: Reference) -> None:
+    mine = request(ids(25, 3 * BLOCK_SIZE + 1), ids(26, 10))
+    await engine.score(replace(mine, cache_salt="mine"))
+    hits_before = counter("vllm:prefix_cache_hits_total")
+    await assert_equal(engine, reference, [replace(mine, cache_salt="yours")])
+    assert counter("vllm:prefix_cache_hits_total") == hits_before
 
 
 async def test_cancelled_requests_leave_vllm_and_the_others_are_answered(

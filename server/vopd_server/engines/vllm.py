@@ -1,8 +1,8 @@
 """The production engine: vLLM in this process's event loop, its model in processes of its own.
 
-Reads the prefix cache (rollouts of one prompt share their context) and accepts only answers that a cache hit
-cannot have spoiled; see `vllm_requests` and `vllm_scores`. There is no restart: an engine that is dead or hung
-says so through `wait_until_dead`, and the process is to end and be started again by its supervisor.
+Reads the prefix cache for contexts (rollouts of one prompt share theirs) and no further; see `vllm_scheduler`. Accepts
+only answers that a cache hit cannot have spoiled all the same; see `vllm_scores`. There is no restart: an engine that
+is dead or hung says so through `wait_until_dead`, and the process is to end and be started again by its supervisor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vopd_server.engines.vllm_probe import has_token_ids
-from vopd_server.engines.vllm_requests import RecentOpenings, scoring_arguments
+from vopd_server.engines.vllm_requests import scoring_arguments
 from vopd_server.engines.vllm_scores import UnusableAnswerError, read_scores, times_s
 from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from vopd_server.status import EngineCounters
@@ -47,8 +47,7 @@ class VllmStats:
     """Requests since the start. vLLM's own metrics (`vllm:*`) are in Prometheus's global registry."""
 
     requests: int = 0
-    cache_reads_off: int = 0  # foreseen to find their own completion in the prefix cache
-    asked_again: int = 0  # refused at first: it was there all the same, or a preemption made that possible
+    asked_again: int = 0  # refused at first: a preemption, or a hit past the context, may have spoiled the answer
     tokens_reused: int = 0  # found in the prefix cache
 
 
@@ -109,7 +108,6 @@ class VllmEngine:
         self._launching: asyncio.Future[Backend] | None = None
         self._backend: Backend | None = None
         self._info: EngineInfo | None = None
-        self._openings = RecentOpenings(block_size=1, capacity=1)
         self._has_token_ids = False
         self._request_numbers = itertools.count()
         self._running: set[asyncio.Task[Scores]] = set()
@@ -149,7 +147,6 @@ class VllmEngine:
         # Shielded: cancelling must not lose sight of the processes that the thread has started; see `close`.
         self._backend = await asyncio.shield(self._launching)
         facts = self._backend.facts
-        self._openings = RecentOpenings(block_size=facts.block_size)
         supports: set[SupportKind] = {"sampled", "teacher_top_k"}
         ask = partial(self._ask, self._backend, read_cache=False)
         longest = facts.max_model_len - 1
@@ -254,14 +251,11 @@ class VllmEngine:
         ask = partial(self._ask, backend, request, has_token_ids=self._has_token_ids)
         self._stats = replace(self._stats, requests=self._stats.requests + 1)
         try:
-            if self._openings.meet(request, salt=request.cache_salt):
-                self._stats = replace(self._stats, cache_reads_off=self._stats.cache_reads_off + 1)
-            else:
-                try:
-                    return await ask(read_cache=True)
-                except UnusableAnswerError as error:
-                    logger.debug("asking again with cache reads off: %s", error)
-                    self._stats = replace(self._stats, asked_again=self._stats.asked_again + 1)
+            try:
+                return await ask(read_cache=True)
+            except UnusableAnswerError as error:
+                logger.debug("asking again with cache reads off: %s", error)
+                self._stats = replace(self._stats, asked_again=self._stats.asked_again + 1)
             return await ask(read_cache=False)
         except EngineError:
             if backend.is_dead:

@@ -21,6 +21,7 @@ RESERVED = {
     "skip_tokenizer_init": "the teacher's tokenizer is its model's",
     "logprobs_mode": "scores are log-probabilities of the raw logits",
     "disable_log_stats": "the statistics tell which answers a preemption has spoiled",
+    "scheduler_cls": "this server's keeps cache hits within contexts",
     "kv_sharing_fast_prefill": "it makes the log-probabilities of prompt tokens wrong",
     "enable_lora": "no request names an adapter, and one on the output head would make its scores wrong",
     "max_num_queued_reqs": "admission is this server's: use the setting queue_tokens",

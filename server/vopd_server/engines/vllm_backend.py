@@ -50,7 +50,7 @@ EXIT_GRACE_S = 15.0
 class BackendFacts:
     """What is known once the model runs.
 
-    block_size: tokens a block of the prefix cache. max_batch_tokens: of one step. window_tokens: see EngineInfo.
+    max_batch_tokens: of one step. window_tokens: see EngineInfo.
     """
 
     version: str
@@ -59,7 +59,6 @@ class BackendFacts:
     vocab_size: int
     hidden_size: int
     max_model_len: int
-    block_size: int
     max_batch_tokens: int
     window_tokens: int
     tokenizer: TokenizerInfo
@@ -198,7 +197,6 @@ def launch(settings: LaunchSettings) -> VllmBackend:
         vocab_size=model_config.get_vocab_size(),
         hidden_size=model_config.get_hidden_size(),
         max_model_len=model_config.max_model_len,
-        block_size=config.cache_config.block_size,
         max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
         window_tokens=window_tokens(
             max_batch_tokens=config.scheduler_config.max_num_batched_tokens,

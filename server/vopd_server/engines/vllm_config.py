@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 # large GPU is 8192 rows or more.
 V1_MAX_NUM_BATCHED_TOKENS = 2048
 FIT_LENGTH_TO_MEMORY = -1
+# By whether vLLM schedules asynchronously, which it finds out itself.
+SCHEDULERS = {
+    False: "vopd_server.engines.vllm_scheduler.ScoringScheduler",
+    True: "vopd_server.engines.vllm_scheduler.AsyncScoringScheduler",
+}
+# On a CPU vLLM's own is 128 tokens, and a group shares whole blocks of its context only.
+CPU_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,16 @@ class LaunchSettings:
 def engine_config(settings: LaunchSettings, commit: str | None) -> VllmConfig:
     """What to launch. Raises: ConfigError, and whatever vLLM raises for what it does not take."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
+    own = {"block_size": CPU_BLOCK_SIZE} if current_platform.is_cpu() else {}
     args = AsyncEngineArgs(
         model=settings.model,
         revision=commit or settings.revision,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
         max_logprobs=settings.max_top_k + 1,  # the sampled token has a column of its own
-        **settings.engine_args,
+        **(own | settings.engine_args),
     )
     # On a copy: vLLM writes its defaults into the arguments.
     found = dataclasses.replace(args).create_engine_config()
@@ -65,6 +74,8 @@ def engine_config(settings: LaunchSettings, commit: str | None) -> VllmConfig:
     # What `max_model_len=-1` sets: vLLM lowers the length to what the KV cache holds instead of giving up, and
     # `check_length` decides whether that will do.
     config.model_config.original_max_model_len = FIT_LENGTH_TO_MEMORY
+    scheduler = config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     return config
 
 
