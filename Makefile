@@ -8,7 +8,8 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak bench-flood lint format proto clean
+.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak bench-flood bench-teacher bench-overlap \
+	bench-trainer bench-scaling bench-wire lint format proto clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -54,6 +55,25 @@ bench-objectives: install model ## Objectives side by side, two tasks, five seed
 
 bench-memory: install ## Memory, time and gradients of every loss against the plain log_softmax
 	$(BIN)/python bench/memory.py --json bench/results/memory.json
+
+# vLLM's environment is that of `make test-vllm`, which sets it up as well.
+bench-teacher: install model ## Our engines beside a stock vLLM server: tokens a second, latency, bytes, memory
+	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
+	$(BIN)/python bench/teacher.py --model $(MODEL) --json bench/results/teacher.json
+
+# Teacher and student take turns on the cores, as above.
+bench-overlap: install model ## A step's time with a teacher two seconds away, on-policy and one step stale
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/overlap.py --model $(MODEL) --json bench/results/overlap.json --images docs/images
+
+bench-trainer: install model ## Rollouts, update and teacher forward beside their floors on this machine
+	$(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
+
+bench-scaling: install model ## How cost grows with every length and size, and the capacity model beside it
+	$(BIN)/python bench/scaling.py --model $(MODEL) --json bench/results/scaling.json --image docs/images/scaling.png
+	$(BIN)/python bench/capacity.py --check bench/results/scaling.json --json bench/results/capacity.json
+
+bench-wire: install model ## Bytes and nats of every way to send scores
+	$(BIN)/python bench/wire.py --model $(MODEL) --json bench/results/wire.json
 
 bench-soak: install model ## 32 jobs with keys and weights against one teacher for five minutes: right, fair, no leak
 	$(BIN)/python bench/soak.py --model $(MODEL) --json bench/results/soak.json
