@@ -75,9 +75,17 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    checkpoints: Path, state: TrainerState, identity: RunIdentity, *, writer: StateWriter, keep: int
+    checkpoints: Path,
+    state: TrainerState,
+    identity: RunIdentity,
+    *,
+    writer: StateWriter,
+    keep: int,
+    write_own_files: Callable[[Path], None] = lambda directory: None,
 ) -> Path:
     """Writes the checkpoint of `state.step`, then deletes all but the newest `keep` complete ones.
+
+    write_own_files: writes what each process has of its own into the directory, before it is sealed.
 
     Every process calls it. Raises: RunDirectoryError when it cannot be written; the older ones are untouched then.
     """
@@ -90,6 +98,7 @@ def save_checkpoint(
             temporary.mkdir()
         writer.wait_for_everyone()
         writer.save_state(str(temporary))
+        write_own_files(temporary)
         writer.wait_for_everyone()
         if writer.is_main_process:
             _seal(temporary, state, identity)

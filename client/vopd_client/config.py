@@ -111,8 +111,12 @@ class PromptColumns(Settings):
 class TrainConfig(AnyTeacherConfig, PromptColumns):
     """One training run."""
 
-    teacher_window: int = Field(
-        64, ge=1, le=4000, description="Sequences sent to the teacher and not yet answered, at most."
+    teacher_window: int | None = Field(
+        None,
+        ge=1,
+        le=4000,
+        description="Sequences sent to the teacher and not yet answered, at most; default: 64, or as many as a "
+        "process can have in flight where that is more.",
     )
 
     # --- who and what
@@ -160,6 +164,14 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
         1.0, description="Temperature of the sampling and of both models' log-probabilities."
     )
 
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="Updates between the weights that sample and those that learn. 0: strictly on-policy. 1: the next "
+        "step's rollouts are sampled, and scored by the teacher, while this step's update computes.",
+    )
+
     # --- what is done to rewards and advantages; see docs/method.md for when, and for what it costs in bias
     reward_clip_lambda: float | None = Field(
         None,
@@ -180,7 +192,8 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
         ge=1,
         allow_inf_nan=False,
         description="Weigh sampled terms by min(cap, pi_now / pi_then): for rollouts of an older student or of "
-        "another engine. Biased where the cap cuts (importance_truncated_fraction says how often).",
+        "another engine. Biased where the cap cuts (importance_truncated_fraction says how often). Default: none, and "
+        "2 with max-staleness 1.",
     )
     task_reward_weight: float = Field(
         0.0,

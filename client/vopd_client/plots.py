@@ -65,10 +65,15 @@ def write_png(run: RunData, path: Path) -> None:
 
 def svg(run: RunData) -> str:
     """An <svg> element for an HTML page: neutral colours are the page's text colour and its variable --grid."""
-    buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = _figure(run, width_inches=11.4, title=False)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """An <svg> element whose neutral colours are the page's; inside `STYLE`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--grid)")
 

@@ -6,29 +6,29 @@ teacher, then the student.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 
 from vopd_client.baselines import choose_baseline
-from vopd_client.checkpoint import RunIdentity, TrainerState, check_identity, checkpoint_bytes, newest_checkpoint
+from vopd_client.checkpoint import RunIdentity, TrainerState
 from vopd_client.config import TrainConfig
-from vopd_client.errors import CheckpointError, ConfigError
+from vopd_client.errors import ConfigError
 from vopd_client.handshake import num_shared_ids
 from vopd_client.optimization import make_optimizer, make_scheduler
+from vopd_client.pipeline import InFlight
 from vopd_client.processes import wrap
 from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts
+from vopd_client.resumption import check_room, go_back_to_checkpoint, hash_prompts, rollouts_in_flight
+from vopd_client.rollouts.base import Rollout
 from vopd_client.rollouts.transformers import RolloutSampler
-from vopd_client.run_directory import RunDirectory, check_space, settings_hash
+from vopd_client.run_directory import RunDirectory, settings_hash
 from vopd_client.scoring import Request
-from vopd_client.shaping import Shaping, check_shaping, reward_floor
+from vopd_client.shaping import DIFFERENTIATED_OBJECTIVES, Shaping, check_shaping, reward_floor
 from vopd_client.student import LoadedStudent, load_student
 from vopd_client.teacher import RemoteTeacher
 from vopd_client.teacher_head import TeacherHead
@@ -45,6 +45,9 @@ from vopd_client.teaching import (
     render,
 )
 from vopd_proto.fingerprint import token_table
+
+STALE_IMPORTANCE_CAP = 2.0  # one update moves few tokens' probabilities by more; the metrics say how many
+MIN_WINDOW, MAX_WINDOW = 64, 4000  # sequences in flight, where no setting says it
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Run:
     eval_prompts: list[Prompt]
     identity: RunIdentity
     state: TrainerState
+    in_flight: list[InFlight[list[Rollout]]]  # of this process: what the checkpoint holds of steps to come
 
 
 def load_rows(config: TrainConfig) -> PromptRows:
@@ -105,10 +109,16 @@ def connect_teacher(config: TrainConfig, device: str | None) -> ConnectedTeacher
         plaintext=config.plaintext,
         tls_ca_file=config.tls_ca_file,
         timeout_s=config.teacher_timeout_s,
-        window=config.teacher_window,
+        window=config.teacher_window or default_window(config),
         float_type=config.score_float_type,
         temperature=config.temperature,
     )
+
+
+def default_window(config: TrainConfig) -> int:
+    """Room for everything that one process has in flight, so that no request waits for another's answer."""
+    in_flight = config.prompts_per_step * config.rollouts_per_prompt * (1 + config.max_staleness)
+    return min(max(in_flight, MIN_WINDOW), MAX_WINDOW)
 
 
 def prepare_run(
@@ -150,13 +160,15 @@ def prepare_run(
         tell=tell,
     )
     if shaping.importance_cap is not None and module.dropped_ids:
+        setting = "importance_cap" if config.importance_cap is not None else "max_staleness 1"
         raise ConfigError(
-            "importance_cap does not go with end_token drop: completions were sampled with the end token, and the "
-            "probabilities that the loss sees are those without it"
+            f"{setting} does not go with end_token drop: completions were sampled with the end token, and the "
+            "probabilities that the loss sees, and importance weights compare with, are those without it"
         )
     module.reward_floor = shaping.reward_floor
     check_room(config, directory, module)
-    for line in (*introduce(config, student, teacher, prompts, eval_prompts, request), *bias_warnings(config)):
+    introduction = introduce(config, student, teacher, prompts, eval_prompts, request)
+    for line in (*introduction, *introduce_staleness(config, shaping), *bias_warnings(config)):
         tell(line)
 
     optimizer = make_optimizer(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -171,6 +183,7 @@ def prepare_run(
         teacher_model_revision=teacher.info.model_revision,
     )
     state = go_back_to_checkpoint(config, accelerator, directory, identity, tell)
+    in_flight = rollouts_in_flight(config, accelerator, directory.checkpoints, state, prompts, tell)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -188,6 +201,7 @@ def prepare_run(
         eval_prompts=eval_prompts,
         identity=identity,
         state=state,
+        in_flight=in_flight,
     )
 
 
@@ -227,9 +241,33 @@ def fit_to_teacher(
 def check_objective(config: TrainConfig) -> Shaping:
     """What is done to rewards and advantages. Raises: ConfigError for settings that do not go together."""
     choose_baseline(config.objective, config.baseline)
-    shaping = Shaping(reward_floor(config.reward_clip_lambda), config.advantage_clip, config.importance_cap)
+    importance_cap = config.importance_cap
+    if importance_cap is None and config.max_staleness > 0 and has_sampled_term(config):
+        importance_cap = STALE_IMPORTANCE_CAP
+    shaping = Shaping(reward_floor(config.reward_clip_lambda), config.advantage_clip, importance_cap)
     check_shaping(config.objective, shaping, has_task_reward=config.task_reward_weight > 0)
     return shaping
+
+
+def has_sampled_term(config: TrainConfig) -> bool:
+    """Whether the gradient depends on which token was drawn, so that an older student's draws must be weighed."""
+    return config.objective not in DIFFERENTIATED_OBJECTIVES or config.task_reward_weight > 0
+
+
+def introduce_staleness(config: TrainConfig, shaping: Shaping) -> list[str]:
+    """What is off-policy about the run, and what is done about it; nothing for a run that is on-policy."""
+    if config.max_staleness == 0:
+        return []
+    weighed = (
+        f"objective {config.objective} has no sampled terms to weigh"
+        if shaping.importance_cap is None
+        else f"sampled terms are weighed by min({shaping.importance_cap:g}, pi_now / pi_then), see "
+        "importance_truncated_fraction"
+    )
+    return [
+        f"max_staleness 1: rollouts are sampled one update before they are learned from; {weighed}; "
+        "which states they visit stays the older student's choice"
+    ]
 
 
 def check_answers(config: TrainConfig, rows: Sequence[PromptRow]) -> None:
@@ -259,53 +297,3 @@ def make_sampler(config: TrainConfig, student: LoadedStudent, *, seed: int) -> R
         batch_size=config.rollout_batch_size,
         mixed_precision=config.mixed_precision,
     )
-
-
-def check_room(config: TrainConfig, directory: RunDirectory, module: nn.Module) -> None:
-    """Raises RunDirectoryError when the checkpoints and the final model will not fit on the disk."""
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    one_checkpoint = checkpoint_bytes(num_parameters, num_trained)
-    written = 1 if config.checkpoint_every == 0 else -(-config.steps // config.checkpoint_every)
-    there = len(list(directory.checkpoints.glob("step-*")))
-    at_once = min(config.keep_checkpoints + 1, written)  # an old one goes only after the new one is complete
-    new_ones = max(1, at_once - there)
-    check_space(
-        directory.path,
-        new_ones * one_checkpoint + 4 * num_parameters,
-        what=f"{new_ones} more checkpoints of {one_checkpoint / 1e9:.2f} GB and the final model",
-    )
-
-
-def go_back_to_checkpoint(
-    config: TrainConfig, accelerator: Accelerator, directory: RunDirectory, identity: RunIdentity, tell: Tell
-) -> TrainerState:
-    """Loads the newest complete checkpoint if the run is to go on.
-
-    Raises: CheckpointError when it is of another run, or does not fit this model.
-    """
-    if not config.resume:
-        return TrainerState()
-    checkpoint = newest_checkpoint(directory.checkpoints, tell=tell)
-    if checkpoint is None:
-        tell(f"no checkpoint in {directory.checkpoints}: starting from step 0")
-        return TrainerState()
-    check_identity(checkpoint, identity)
-    if checkpoint.state.step > config.steps:
-        raise ConfigError(f"{checkpoint.path} is beyond steps {config.steps}")
-    try:
-        accelerator.load_state(str(checkpoint.path))
-    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
-    tell(f"going on after step {checkpoint.state.step}, from {checkpoint.path}")
-    return checkpoint.state
-
-
-def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """A fingerprint of what both sides see, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        for ids in (prompt.student_ids, prompt.teacher_ids):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.astype("<i8").tobytes())
-    return digest.hexdigest()[:16]

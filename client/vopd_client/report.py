@@ -1,4 +1,4 @@
-"""What a run looks like to people: curves.png and report.html, drawn from the run's own files."""
+"""What a run looks like to people: curves.png, timeline.png and report.html, drawn from the run's own files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("vopd", "torch", "transformers", "accelerate", "peft", "numpy", "grp
 
 
 def write_report(run_dir: Path) -> list[Path]:
-    """Writes curves.png and report.html into the run directory and returns their paths.
+    """Writes curves.png, report.html, and timeline.png where there is a timeline; returns their paths.
 
     Works for a run that goes on, was cut off, has no evaluations, or has one step. The page is one file: no script,
     nothing from elsewhere.
@@ -27,18 +27,21 @@ def write_report(run_dir: Path) -> list[Path]:
     """
     run = read_run(run_dir)
     from vopd_client.plots import svg, write_png  # matplotlib, only once there is something to draw
+    from vopd_client.timeline_plot import timeline_svg, write_timeline_png
 
-    curves, page = run_dir / "curves.png", run_dir / "report.html"
+    curves, page, timeline = run_dir / "curves.png", run_dir / "report.html", run_dir / "timeline.png"
     try:
         write_png(run, curves)
-        page.write_text(render_page(run, curves_svg=svg(run)), encoding="utf-8")
+        text = render_page(run, curves_svg=svg(run), timeline_svg=timeline_svg(run))
+        page.write_text(text, encoding="utf-8")
+        has_timeline = write_timeline_png(run, timeline)
     except OSError as error:
         raise RunDirectoryError(f"cannot write the report into {run_dir}: {error.strerror or error}") from error
-    return [curves, page]
+    return [curves, page, timeline] if has_timeline else [curves, page]
 
 
-def render_page(run: RunData, *, curves_svg: str) -> str:
-    """report.html; everything that comes from the run is escaped."""
+def render_page(run: RunData, *, curves_svg: str, timeline_svg: str | None = None) -> str:
+    """report.html; everything that comes from the run is escaped. timeline_svg: None leaves that part out."""
     import jinja2
     from markupsafe import Markup
 
@@ -56,6 +59,7 @@ def render_page(run: RunData, *, curves_svg: str) -> str:
         has_teacher=run.teacher is not None,
         table=before_and_after(run),
         curves_svg=Markup(curves_svg),
+        timeline_svg=None if timeline_svg is None else Markup(timeline_svg),
         comparisons=comparisons(run),
         settings={name: _shown(value) for name, value in run.config.items()},
         environment=environment(),

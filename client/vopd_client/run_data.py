@@ -19,13 +19,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """`metrics` has a row a step, at least one, in the order of steps; `summary` is empty while the run goes on."""
+    """`metrics` has a row a step, at least one, in the order of steps; `summary` is empty while the run goes on.
+
+    timeline: rows as `Timeline.to_row` makes them, in the order of steps; none in a run of an older version.
+    """
 
     path: Path
     config: Row
     metrics: Sequence[Row]
     evaluations: Sequence[Row]
     summary: Row
+    timeline: Sequence[Row] = ()
 
     @property
     def name(self) -> str:
@@ -89,6 +93,7 @@ def read_run(run_dir: Path) -> RunData:
         metrics=sorted(metrics, key=lambda row: int(row["step"])),
         evaluations=read_rows(run.evals_file),
         summary=_read_mapping(run.summary_file),
+        timeline=sorted(read_rows(run.timeline_file), key=lambda row: int(row["step"])),
     )
 
 

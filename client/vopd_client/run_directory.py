@@ -51,6 +51,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def timeline_file(self) -> Path:
+        return self.path / "timeline.jsonl"
+
+    @property
     def evals_file(self) -> Path:
         return self.path / "evals.jsonl"
 
@@ -77,7 +81,7 @@ class RunDirectory:
     def begin(self, settings: Mapping[str, Any], *, last_step: int) -> None:
         """Writes the settings, which makes the directory a run's, and drops rows of steps that are taken again."""
         write_atomically(self.config_file, yaml.safe_dump(dict(settings), sort_keys=False))
-        for path in (self.metrics_file, self.evals_file, self.samples_file):
+        for path in (self.metrics_file, self.timeline_file, self.evals_file, self.samples_file):
             drop_rows_after(path, last_step)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from vopd_client.config import TrainConfig
 from vopd_client.rollouts.base import RolloutKey
 
 _PROMPT_ORDER, _DROPOUT, _EVALUATION = 1, 2, 3  # streams of random numbers that must not meet
@@ -55,6 +56,14 @@ def share_of_process(
 ) -> list[RolloutKey]:
     """The rollouts of every `num_processes`-th prompt: all rollouts of a prompt stay together."""
     return [key for place, key in enumerate(keys) if (place // rollouts_per_prompt) % num_processes == process_index]
+
+
+def draws_of_process(
+    config: TrainConfig, step: int, *, num_prompts: int, process_index: int, num_processes: int
+) -> list[RolloutKey]:
+    """The draws of one step that this process makes."""
+    keys = rollouts_of_step(config.seed, step, num_prompts, config.prompts_per_step, config.rollouts_per_prompt)
+    return share_of_process(keys, config.rollouts_per_prompt, process_index, num_processes)
 
 
 def dropout_seed(seed: int, step: int, process_index: int) -> int:

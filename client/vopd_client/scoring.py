@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vopd_client.alignment import SupportOwner
 from vopd_client.handshake import IdSwap
@@ -57,6 +58,19 @@ class Request:
                 return NoSupport()
 
 
+@dataclass(slots=True, eq=False)
+class Flight:
+    """When a request left and when its answer was there, on the clock of `time.perf_counter`; NaN: not yet."""
+
+    sent_at: float = field(default_factory=time.perf_counter)
+    answered_at: float = math.nan
+
+    def land(self, _answer: object = None) -> None:
+        """The answer is there. It lands once; later calls change nothing."""
+        if math.isnan(self.answered_at):
+            self.answered_at = time.perf_counter()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SentRollout:
     """A rollout that the teacher is scoring."""
@@ -64,6 +78,7 @@ class SentRollout:
     rollout: Rollout
     prompt: Prompt
     answer: Future[SequenceScores]
+    flight: Flight = field(default_factory=Flight)
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +88,10 @@ class SentRollout:
 
 def send(rollout: Rollout, prompt: Prompt, *, request: Request, teacher: Teacher) -> SentRollout:
     """Asks the teacher at once; the answer comes later."""
-    return SentRollout(rollout, prompt, teacher.submit(request.of(rollout, prompt)))
+    flight = Flight()
+    answer = teacher.submit(request.of(rollout, prompt))
+    answer.add_done_callback(flight.land)  # on the thread that brings it, whatever this one is at
+    return SentRollout(rollout, prompt, answer, flight)
 
 
 @dataclass(slots=True)
@@ -90,7 +108,9 @@ class Waiter:
 
     def scores(self, sent: SentRollout) -> SequenceScores:
         """The answer to a rollout, in the teacher's labels. Raises: as `answer`."""
-        return self.answer(sent.answer)
+        scores = self.answer(sent.answer)
+        sent.flight.land()  # those who wait are woken before the callback runs
+        return scores
 
     def answer(self, answer: Future[SequenceScores]) -> SequenceScores:
         """One answer of the teacher's.

@@ -24,8 +24,12 @@ class StepSums:
 
     values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add_rollouts(self, rollouts: Sequence[Rollout], task_rewards: Sequence[float] | None) -> None:
+    def add_rollouts(
+        self, rollouts: Sequence[Rollout], task_rewards: Sequence[float] | None, *, staleness: int
+    ) -> None:
+        """staleness: updates between the weights that sampled them and those that learn from them."""
         self.values["num_rollouts"] += len(rollouts)
+        self.values["staleness"] += staleness * len(rollouts)
         self.values["num_ended"] += sum(rollout.ended for rollout in rollouts)
         self.values["num_completion_tokens"] += sum(len(rollout.completion_ids) for rollout in rollouts)
         if task_rewards is not None:
@@ -47,7 +51,11 @@ def logprob_mismatch(sampled_logprobs_BT: torch.Tensor, batch: Batch) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of the main process. Waiting for the teacher is a part of neither the rollouts nor the update."""
+    """Seconds of the main process between the step's start and its end.
+
+    rollout_s: all sampling in that time, be it of this step's rollouts or of the next one's. Waiting for the teacher
+    is a part of neither the rollouts nor the update.
+    """
 
     rollout_s: float
     update_s: float
@@ -79,6 +87,7 @@ def metrics_row(
         "completion_tokens_mean": totals["num_completion_tokens"] * per_rollout,
         "ended_fraction": totals["num_ended"] * per_rollout,
         **({"task_reward_mean": totals["task_reward"] * per_rollout} if "task_reward" in totals else {}),
+        "staleness": totals["staleness"] * per_rollout,
         "logprob_mismatch_nats": totals["logprob_mismatch"] * per_token,
         "teacher_bytes_per_token": totals["teacher_bytes"] * per_token,
         "teacher_wait_s": times.teacher_wait_s,

@@ -1,16 +1,17 @@
 """On-policy distillation: sample -> score -> step -> log.
 
 The student writes completions, the teacher says how likely it finds them, the objective turns that into gradients.
-Teacher requests leave as rollouts finish and their answers are awaited just before their microbatch is needed.
+Teacher requests leave as rollouts finish and their answers are awaited just before their microbatch is needed; with
+max_staleness 1 they have the whole of the step before for their way, see `pipeline`.
 Backward runs on sums; gradients are divided once by the number of valid tokens of the whole step. A step is either
 complete, logged and counted, or it did not happen.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
@@ -32,22 +33,24 @@ from vopd_client.errors import (
     TeacherUnavailableError,
     VopdError,
 )
-from vopd_client.evaluation import judge
 from vopd_client.interruption import Interrupted, StopRequest, stop_on_signals
 from vopd_client.losses import compute_loss
 from vopd_client.optimization import adam_moment_variance, check_finite, scale_and_clip
 from vopd_client.periodic_evaluation import evaluate, evaluation_due, make_batch
+from vopd_client.pipeline import InFlight, Pipeline
 from vopd_client.preparation import Run, check_objective, connect_teacher, load_rows, prepare_run
 from vopd_client.processes import Problem, agree, from_main_process, make_accelerator, make_deterministic
-from vopd_client.rollouts.base import RolloutKey
+from vopd_client.rollout_files import write_rollouts
+from vopd_client.rollout_source import RolloutSource
 from vopd_client.run_directory import RunDirectory, claim_run_directory, run_path
-from vopd_client.schedule import dropout_seed, is_due, rollouts_of_step, share_of_process
-from vopd_client.scoring import SentRollout, Waiter, send
+from vopd_client.schedule import dropout_seed, is_due
+from vopd_client.scoring import SentRollout, Waiter
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.student import StudentOutputs
-from vopd_client.task_rewards import leave_one_out_advantages
 from vopd_client.teaching import ConnectedTeacher
-from vopd_client.tracking import RunLog, print_line
+from vopd_client.timeline import Timeline
+from vopd_client.tracking import RunLog, append_row, print_line
+from vopd_client.types import SequenceScores
 
 Connect = Callable[[TrainConfig, str], ConnectedTeacher]
 
@@ -134,6 +137,16 @@ def _train_to_the_end(trainer: Trainer, log: RunLog, stop: StopRequest) -> int:
             raise
 
 
+@dataclass(frozen=True)
+class StepNotes:
+    """What is written down while one step runs, and who waits for its answers."""
+
+    step: int
+    waiter: Waiter
+    sums: StepSums = field(default_factory=StepSums)
+    timeline: Timeline = field(default_factory=Timeline)
+
+
 class Trainer:
     """The loop. `state` counts complete steps only."""
 
@@ -144,6 +157,12 @@ class Trainer:
         self._log = log
         self._stop = stop
         self._module = run.student.module
+        self._rollouts = RolloutSource(run, stop.check)
+        self._pipeline = Pipeline[list[SentRollout]](
+            max_staleness=run.config.max_staleness,
+            total_steps=run.config.steps,
+            in_flight=[sampled.map(self._rollouts.send_again) for sampled in run.in_flight],
+        )
 
     @property
     def how_to_go_on(self) -> str:
@@ -164,19 +183,22 @@ class Trainer:
         self.evaluate_if_due(config.steps)
 
     def train_step(self, step: int) -> None:
-        """One optimizer step on fresh rollouts."""
-        run, sums = self.run, StepSums()
-        began, bytes_before = time.perf_counter(), run.teacher.bytes_sent + run.teacher.bytes_received
-        waiter = self._waiter(step)
-        rollout_s = 0.0
+        """One optimizer step, on rollouts that are at most max_staleness updates old."""
+        run, notes = self.run, StepNotes(step, self._waiter(step))
+        sums, timeline, waiter = notes.sums, notes.timeline, notes.waiter
+        bytes_before = run.teacher.bytes_sent + run.teacher.bytes_received
         last_loss_sum: Tensor | None = None
         problem: Problem | None = None
+        steps_to_sample = self._pipeline.steps_to_sample(step)
         try:
-            sent = self._sample(step)
-            task_rewards = self._task_rewards(sent)
-            rollout_s = time.perf_counter() - began
-            sums.add_rollouts([item.rollout for item in sent], task_rewards)
-            last_loss_sum = self._accumulate(step, sent, self._task_advantages(sent, task_rewards), waiter, sums)
+            for sampled_step in steps_to_sample:
+                with timeline.span("sampling"):
+                    self._pipeline.add(InFlight(sampled_step, self.state.step, self._sample(sampled_step)))
+            learning = self._pipeline.of_step(step)
+            sent = learning.rollouts
+            task_rewards = self._rollouts.task_rewards(sent)
+            sums.add_rollouts([item.rollout for item in sent], task_rewards, staleness=learning.staleness)
+            last_loss_sum = self._accumulate(notes, sent, self._rollouts.task_advantages(sent, task_rewards))
         except (Interrupted, VopdError) as error:
             problem = error
         except torch.OutOfMemoryError as error:
@@ -186,11 +208,15 @@ class Trainer:
         # From here on all processes do the same: they stop together, or exchange gradients and step together.
         totals = agree(problem, sums.values)
         assert last_loss_sum is not None
-        run.accelerator.backward(last_loss_sum)
-        grad_norm, learning_rate = self._update_weights(step, totals["num_valid_tokens"])
+        with timeline.span("backward"):
+            run.accelerator.backward(last_loss_sum)
+        with timeline.span("optimizer"):
+            grad_norm, learning_rate = self._update_weights(step, totals["num_valid_tokens"])
+        self._pipeline.complete(step)
 
-        step_s = time.perf_counter() - began
+        rollout_s, step_s = timeline.seconds("sampling"), timeline.elapsed_s
         times = StepTimes(rollout_s, step_s - rollout_s - waiter.waited_s, waiter.waited_s, step_s)
+        timeline_row = timeline.to_row(step, sampled_steps=steps_to_sample, flights=[item.flight for item in sent])
         self.state = TrainerState(
             step=step,
             train_seconds=self.state.train_seconds + step_s,
@@ -208,6 +234,8 @@ class Trainer:
                 learning_rate=learning_rate,
             )
         )
+        if run.accelerator.is_main_process:
+            append_row(run.directory.timeline_file, timeline_row)
 
     def evaluate_if_due(self, step: int) -> None:
         """Evaluates and writes it down, on the main process; the others learn whether it worked."""
@@ -231,15 +259,22 @@ class Trainer:
         agree(problem, {})
 
     def save_if_newer(self) -> None:
-        """A checkpoint of the last complete step, unless there is one."""
+        """A checkpoint of the last complete step, with what is in flight, unless there is one."""
         if self.state.step == self._saved_step:
             return
+        in_flight = [
+            sampled.map(lambda sent: [item.rollout for item in sent])
+            for sampled in self._pipeline.worth_saving(self.state.step)
+        ]
         save_checkpoint(
             self.run.directory.checkpoints,
             self.state,
             self.run.identity,
             writer=self.run.accelerator,
             keep=self.run.config.keep_checkpoints,
+            write_own_files=partial(
+                write_rollouts, in_flight=in_flight, process_index=self.run.accelerator.process_index
+            ),
         )
         self._saved_step = self.state.step
 
@@ -247,82 +282,52 @@ class Trainer:
         return Waiter(self._stop, self.run.teacher, lambda reason: self._log.waiting(reason, step=step))
 
     def _sample(self, step: int) -> list[SentRollout]:
-        """This process's rollouts in the order of their draws, each on its way to the teacher since it was finished."""
+        """This process's rollouts of a step in the order of their draws, each on its way to the teacher."""
         self._stop.check()
         self._log.doing("sampling", step=step)
-        draws = share_of_process(
-            self._draws(step),
-            self.run.config.rollouts_per_prompt,
-            self.run.accelerator.process_index,
-            self.run.accelerator.num_processes,
-        )
-        prompts = {key: self.run.prompts[key.prompt_index] for key in draws}
-        sent: dict[RolloutKey, SentRollout] = {}
         try:
-            for rollout in self.run.sampler.sample([(key, prompts[key].student_ids) for key in draws]):
-                prompt = prompts[rollout.key]
-                sent[rollout.key] = send(rollout, prompt, request=self.run.request, teacher=self.run.teacher)
-                self._stop.check()
+            return self._rollouts.sample(step)
         except NonFiniteError as error:
-            names = sorted({prompt.source for prompt in prompts.values()})
-            raise stopped_before_update(step, names, error) from error
-        return [sent[key] for key in draws]
+            raise stopped_before_update(step, self._rollouts.prompt_names(step), error) from error
 
-    def _draws(self, step: int) -> list[RolloutKey]:
-        config = self.run.config
-        return rollouts_of_step(
-            config.seed, step, len(self.run.prompts), config.prompts_per_step, config.rollouts_per_prompt
-        )
-
-    def _task_rewards(self, sent: list[SentRollout]) -> list[float] | None:
-        """1 for a completion that its row's verifier accepts, else 0; None when they have no part in the loss."""
-        if self.run.config.task_reward_weight == 0:
-            return None
-        student = self.run.student
-        samples = judge(
-            [item.prompt for item in sent],
-            [item.rollout.completion_ids for item in sent],
-            student.tokenizer,
-            student.end_ids,
-        )
-        return [float(bool(sample.correct)) for sample in samples]
-
-    def _task_advantages(self, sent: list[SentRollout], task_rewards: list[float] | None) -> list[float]:
-        """What each completion's task reward adds to the advantage of all its tokens."""
-        if task_rewards is None:
-            return [0.0] * len(sent)
-        advantages = leave_one_out_advantages(task_rewards, [item.rollout.key.prompt_index for item in sent])
-        return [float(self.run.config.task_reward_weight * advantage) for advantage in advantages]
-
-    def _accumulate(
-        self, step: int, sent: list[SentRollout], task_advantages: list[float], waiter: Waiter, sums: StepSums
-    ) -> Tensor:
+    def _accumulate(self, notes: StepNotes, sent: list[SentRollout], task_advantages: list[float]) -> Tensor:
         """Adds up gradients of all microbatches but the last, whose summed loss it returns.
 
         The plan depends on lengths alone, never on the order in which answers arrive.
         """
-        run = self.run
-        self._log.doing("update", step=step)
+        run, timeline = self.run, notes.timeline
+        self._log.doing("update", step=notes.step)
         self._module.train()
-        torch.manual_seed(dropout_seed(run.config.seed, step, run.accelerator.process_index))
+        torch.manual_seed(dropout_seed(run.config.seed, notes.step, run.accelerator.process_index))
         run.optimizer.zero_grad()
         plan = plan_microbatches([item.num_tokens for item in sent], run.config.microbatch_tokens)
         *earlier, last = [
             ([sent[index] for index in indices], [task_advantages[index] for index in indices]) for indices in plan
         ]
         for items, advantages in earlier:
+            scores = self._scores(items, notes)
             with run.accelerator.no_sync(run.model):
-                run.accelerator.backward(self._loss_sum(step, items, advantages, waiter, sums))
-        return self._loss_sum(step, *last, waiter, sums)
+                with timeline.span("forward"):
+                    loss_sum = self._loss_sum(items, scores, advantages, notes)
+                with timeline.span("backward"):
+                    run.accelerator.backward(loss_sum)
+        items, advantages = last
+        scores = self._scores(items, notes)
+        with timeline.span("forward"):
+            return self._loss_sum(items, scores, advantages, notes)
+
+    def _scores(self, items: list[SentRollout], notes: StepNotes) -> list[SequenceScores]:
+        """The teacher's answers, once they are there."""
+        self._stop.check()
+        with notes.timeline.span("waiting"):
+            return [notes.waiter.scores(item) for item in items]
 
     def _loss_sum(
-        self, step: int, items: list[SentRollout], task_advantages: list[float], waiter: Waiter, sums: StepSums
+        self, items: list[SentRollout], scores: list[SequenceScores], task_advantages: list[float], notes: StepNotes
     ) -> Tensor:
-        """The loss of one microbatch, summed over its tokens, once its answers are there."""
+        """The loss of one microbatch, summed over its tokens."""
         run, config = self.run, self.run.config
-        self._stop.check()
         names = [item.prompt.source for item in items]
-        scores = [waiter.scores(item) for item in items]
         batch = make_batch(run, run.request, [item.rollout for item in items], scores, names, task_advantages)
         batch = batch.to(run.accelerator.device)
         student: StudentOutputs = run.model(
@@ -347,8 +352,8 @@ class Trainer:
             )
             check_finite(float(loss.loss_sum.detach()), "loss")
         except NonFiniteError as error:
-            raise stopped_before_update(step, names, error) from error
-        sums.add_microbatch(loss, student, batch)
+            raise stopped_before_update(notes.step, names, error) from error
+        notes.sums.add_microbatch(loss, student, batch)
         return loss.loss_sum
 
     def _update_weights(self, step: int, num_valid_tokens: float) -> tuple[float, float]:
@@ -363,8 +368,7 @@ class Trainer:
                 max_grad_norm=run.config.max_grad_norm,
             )
         except NonFiniteError as error:
-            names = [run.prompts[key.prompt_index].source for key in self._draws(step)]
-            raise stopped_before_update(step, names, error) from error
+            raise stopped_before_update(step, self._rollouts.prompt_names(step), error) from error
         run.optimizer.step()
         run.scheduler.step()
         return grad_norm, learning_rate

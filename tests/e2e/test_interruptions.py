@@ -7,11 +7,11 @@ same bits as one that was left alone.
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Iterator
 
 import pytest
 
+from process_group import process_group
 from teacher_process import RunningTeacher
 from workplace import STEPS, Workplace, assert_same_run
 
@@ -92,15 +92,6 @@ def test_ctrl_c_saves_the_last_complete_step_and_says_how_to_go_on(place: Workpl
     last_complete = place.num_steps("interrupted")
     assert place.checkpoint_steps("interrupted")[-1] == last_complete
     assert not (place.run("interrupted") / "model").exists()
-
-
-def process_group(size: int) -> list[dict[str, str]]:
-    """The environment of each process of a group on this machine, as torchrun sets it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def test_two_processes_take_the_steps_of_one_stop_together_and_one_can_go_on(

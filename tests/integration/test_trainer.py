@@ -113,7 +113,7 @@ def test_a_row_of_metrics_holds_what_the_report_needs(runs: Runs) -> None:
         *("step", "loss", "kl_nats", "reward_nats", "baseline_nats", "advantage_std", "grad_norm", "learning_rate"),
         *("num_valid_tokens", "completion_tokens_mean", "ended_fraction", "support_size_mean", "left_out_mass_mean"),
         *("logprob_mismatch_nats", "teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s"),
-        *("teacher_bytes_per_token", "variance", "variance_over_opd", "adam_moment_variance"),
+        *("teacher_bytes_per_token", "variance", "variance_over_opd", "adam_moment_variance", "staleness"),
     }
     assert first["num_valid_tokens"] == first["completion_tokens_mean"] * ROLLOUTS_A_STEP
 
