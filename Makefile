@@ -60,20 +60,25 @@ bench-memory: install ## Memory, time and gradients of every loss against the pl
 bench-teacher: install model ## Our engines beside a stock vLLM server: tokens a second, latency, bytes, memory
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
 	$(BIN)/python bench/teacher.py --model $(MODEL) --json bench/results/teacher.json
+	$(BIN)/python bench/performance_tables.py
 
 # Teacher and student take turns on the cores, as above.
-bench-overlap: install model ## A step's time with a teacher two seconds away, on-policy and one step stale
+bench-overlap: install model ## A step beside a teacher two seconds away, on-policy and one step ahead
 	OMP_WAIT_POLICY=passive $(BIN)/python bench/overlap.py --model $(MODEL) --json bench/results/overlap.json --images docs/images
+	$(BIN)/python bench/performance_tables.py
 
 bench-trainer: install model ## Rollouts, update and teacher forward beside their floors on this machine
 	$(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
+	$(BIN)/python bench/performance_tables.py
 
 bench-scaling: install model ## How cost grows with every length and size, and the capacity model beside it
 	$(BIN)/python bench/scaling.py --model $(MODEL) --json bench/results/scaling.json --image docs/images/scaling.png
 	$(BIN)/python bench/capacity.py --check bench/results/scaling.json --json bench/results/capacity.json
+	$(BIN)/python bench/performance_tables.py
 
 bench-wire: install model ## Bytes and nats of every way to send scores
 	$(BIN)/python bench/wire.py --model $(MODEL) --json bench/results/wire.json
+	$(BIN)/python bench/performance_tables.py
 
 bench-soak: install model ## 32 jobs with keys and weights against one teacher for five minutes: right, fair, no leak
 	$(BIN)/python bench/soak.py --model $(MODEL) --json bench/results/soak.json
