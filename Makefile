@@ -68,7 +68,7 @@ bench-overlap: install model ## A step beside a teacher two seconds away, on-pol
 	$(BIN)/python bench/performance_tables.py
 
 bench-trainer: install model ## Rollouts, update and teacher forward beside their floors on this machine
-	$(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
 	$(BIN)/python bench/performance_tables.py
 
 bench-scaling: install model ## How cost grows with every length and size, and the capacity model beside it

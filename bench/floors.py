@@ -261,11 +261,11 @@ def _matrix_rates(
 ) -> tuple[MatrixRate, ...]:
     torch_dtype: torch.dtype = getattr(torch, dtype)
     weights_OH = [
-        torch.full((outputs, inputs), 0.01, dtype=torch_dtype) for _ in range(copies) for inputs, outputs in matrices
+        torch.randn(outputs, inputs, dtype=torch_dtype) for _ in range(copies) for inputs, outputs in matrices
     ]
     measured = []
     for num_rows in sorted(rows):
-        inputs_NH = {width: torch.ones(num_rows, width, dtype=torch_dtype) for width, _ in matrices}
+        inputs_NH = {width: torch.randn(num_rows, width, dtype=torch_dtype) for width, _ in matrices}
 
         def products(inputs_NH: dict[int, Tensor] = inputs_NH) -> None:
             for weight_OH in weights_OH:

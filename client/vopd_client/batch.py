@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vopd_client.alignment import AlignedSequence, SupportOwner, align
 from vopd_client.errors import AlignmentError
+from vopd_client.like_lengths import TRAINING_COST_TOKENS, plan_like_lengths
 from vopd_client.rollouts.base import Rollout
 from vopd_client.types import SequenceScores
 
@@ -148,17 +149,10 @@ def _pad_hidden_states(
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Groups sequences so that none pads to more than `max_tokens`: (sequences) x (longest of them).
 
-    Sequences of like length go together, the longest first, so what does not fit in memory fails at once. A sequence
-    longer than max_tokens makes a microbatch of its own. The same lengths give the same plan.
+    Sequences of like length go together, the longest first, so what does not fit in memory fails at once; where one
+    more microbatch saves more padding than it costs, there is one more. A sequence longer than max_tokens makes a
+    microbatch of its own. The same lengths give the same plan.
 
     Args: lengths: input tokens of each sequence. Returns: indices into `lengths`, each once.
     """
-    plan: list[list[int]] = []
-    longest = 0  # of the microbatch being filled
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if plan and (len(plan[-1]) + 1) * longest <= max_tokens:
-            plan[-1].append(index)
-        else:
-            plan.append([index])
-            longest = lengths[index]
-    return plan
+    return plan_like_lengths(lengths, pass_cost_tokens=TRAINING_COST_TOKENS, max_tokens=max_tokens)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vopd_client.cpu_attention import attending_on_cpu, configs_to_switch
 from vopd_client.errors import ConfigError
 from vopd_client.linear_logprobs import Logits, full_logprobs
 
@@ -53,8 +54,14 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-    """Final hidden states [B, S, H] of right-padded input, without logits and without a cache."""
-    output = model.base_model(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)
+    """Final hidden states [B, S, H] of right-padded input, without logits and without a cache.
+
+    What is computed at padding is never to be read. A causal model does not look ahead to it, so torch's attention
+    goes without the mask: it then skips the half above the diagonal, and needs no copy of shared keys for each head.
+    """
+    mask_BS = None if model.config._attn_implementation == "sdpa" else attention_mask_BS
+    with attending_on_cpu(configs_to_switch(model)):
+        output = model.base_model(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False)
     hidden_BSH: Tensor = output.last_hidden_state
     return hidden_BSH
 

@@ -24,7 +24,7 @@ from tiny_model import write_tiny_model
 from vopd_client.errors import NonFiniteError
 from vopd_client.model_files import add_lora, merged_state_dict
 from vopd_client.rollouts.base import Rollout, RolloutKey
-from vopd_client.rollouts.decoding import InferenceForward
+from vopd_client.rollouts.forward import InferenceForward
 from vopd_client.rollouts.transformers import RolloutRequest, RolloutSampler, greedy
 from vopd_client.student import load_student
 from vopd_proto.arrays import IntArray

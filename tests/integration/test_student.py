@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,58 @@ def test_the_output_layer_runs_at_scored_rows_only(model: LlamaForCausalLM) -> N
     with ProductsWithHead() as products:
         student(**sequences_of(SHAPES).inputs)
     assert products.num_rows == [4 + 1 + 1 + 11]
+
+
+class MatrixCasts(TorchDispatchMode):
+    """Conversions of float32 matrices to bf16, by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._to_copy and result.dtype == torch.bfloat16 and result.ndim == 2:
+            self.shapes[result.shape] += 1
+        return result
+
+
+def test_a_microbatch_casts_every_weight_once_forward_and_no_other_backward_but_the_output_layers(
+    model: LlamaForCausalLM,
+) -> None:
+    """Autocast keeps its casts for one forward; the chunked head, which keeps nothing large, casts again."""
+    student = StudentForTraining(model)
+    weights = Counter(module.weight.shape for module in model.modules() if isinstance(module, nn.Linear))
+    inputs = sequences_of(SHAPES).inputs
+    with MatrixCasts() as forward, torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = student(**inputs)
+    with MatrixCasts() as backward:
+        some_loss(outputs).backward()
+    assert {shape: forward.shapes[shape] for shape in weights} == weights
+    assert {shape: backward.shapes[shape] for shape in weights if backward.shapes[shape]} == {
+        model.lm_head.weight.shape: 1
+    }
+
+
+def test_padding_needs_no_mask_and_changes_nothing_where_attention_is_torchs(model: LlamaForCausalLM) -> None:
+    sequences = sequences_of(SHAPES)
+    masked = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    masked.load_state_dict(model.state_dict())
+    found: list[Any] = []
+
+    def note(_: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+        found.append(inputs["attention_mask"])
+
+    outputs = []
+    for each in (model, masked):
+        each.model.register_forward_pre_hook(note, with_kwargs=True)
+        found.clear()
+        outputs.append(StudentForTraining(each)(**sequences.inputs))
+        assert (found[-1] is None) == (each is model)
+    for unmasked_values, masked_values in zip(outputs[0][:3], outputs[1][:3], strict=True):
+        torch.testing.assert_close(unmasked_values, masked_values, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_outside_the_loss_mask_is_zero_and_without_gradient(model: LlamaForCausalLM) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.sampling import draw_by_inverse_cdf, row_uniforms, sampling_logits
-from vopd_client.rollouts.support import adaptive_support
+from vopd_client.rollouts.support import adaptive_support, largest
 
 KEY = RolloutKey(step=3, prompt_index=5, rollout_index=1)
 
@@ -178,3 +178,32 @@ def test_supports_are_the_shortest_prefix_of_the_sorted_ids_that_reaches_the_mas
         assert ids == order[: len(ids)].tolist()
         assert len(ids) == 20 or probabilities[: len(ids)].sum() >= support_mass - 1e-6
         assert len(ids) == 1 or probabilities[: len(ids) - 1].sum() < support_mass + 1e-6
+
+
+@pytest.mark.parametrize("num_ids", [6400, 6417])  # whole blocks, and a last one that is not
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_the_largest_logits_of_blocks_are_the_largest_of_all(num_ids: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    logits_BV = torch.stack([torch.randperm(num_ids, generator=generator).float() for _ in range(8)])
+    values_Bk, ids_Bk = largest(logits_BV, k)
+    expected = logits_BV.topk(k, dim=-1)
+    assert torch.equal(values_Bk, expected.values)
+    assert torch.equal(ids_Bk, expected.indices)
+
+
+def test_the_largest_of_logits_with_many_equal_ones_are_right_and_distinct() -> None:
+    """As bf16 leaves them: a handful of values, and ties at the edge in every row."""
+    logits_BV = torch.randint(0, 40, (16, 6417), generator=torch.Generator().manual_seed(0)).float()
+    values_Bk, ids_Bk = largest(logits_BV, 100)
+    assert torch.equal(values_Bk, logits_BV.topk(100, dim=-1).values)
+    assert torch.equal(logits_BV.gather(1, ids_Bk), values_Bk)
+    assert all(len(set(ids.tolist())) == 100 for ids in ids_Bk)
+
+
+def test_a_row_with_few_probable_ids_has_no_id_beyond_the_vocabulary() -> None:
+    logits_BV = torch.full((1, 6417), -torch.inf)
+    logits_BV[0, [3, 6416]] = torch.tensor([1.0, 2.0])
+    values_Bk, ids_Bk = largest(logits_BV, 50)
+    assert ids_Bk[0, :2].tolist() == [6416, 3]
+    assert ids_Bk.max() < 6417
+    assert values_Bk[0, 2:].isneginf().all()

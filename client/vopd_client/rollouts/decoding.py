@@ -5,88 +5,29 @@ Axes: B sequences still growing, D distinct prompts, S tokens so far, V vocabula
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vopd_client.model_files import without_peft_wrapper
+from vopd_client.like_lengths import FORWARD_COST_TOKENS, plan_like_lengths
+from vopd_client.rollouts.cache import PrefilledGroup, keep_rows, preallocated_cache
+from vopd_client.rollouts.forward import InferenceForward
+from vopd_client.rollouts.forward import MixedPrecision as MixedPrecision
 from vopd_proto.arrays import IntArray
-
-MixedPrecision = Literal["bf16", "no"]
 
 # (logits_BV, the rows of the batch they belong to, index of the completion token) -> token ids [B]
 ChooseTokens = Callable[[Tensor, Sequence[int], int], IntArray]
 
 
-class InferenceForward:
-    """A model's forward for sampling: no gradients, no dropout, the training forward's autocast.
-
-    All of it holds inside a call only, so that a generator that yields between calls leaves the consumer's
-    model, gradient mode and autocast as they were. The weights must not change while this is in use.
-    """
-
-    def __init__(self, model: nn.Module, mixed_precision: MixedPrecision) -> None:
-        self._model = without_peft_wrapper(model)
-        self._autocast = mixed_precision == "bf16"
-        self._weights = _linear_weights_in_bf16(self._model) if self._autocast else {}
-        parameters = inspect.signature(self._model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
-        self.device = next(self._model.parameters()).device
-
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Any:
-        """Logits of the last position, [B, 1, V] or more positions in `.logits`, and `.past_key_values`."""
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if self._takes_positions:
-            inputs["position_ids"] = position_ids
-        if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1
-        # Not inference_mode: some models keep buffers that a forward writes and a training forward then reads.
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
-        with torch.no_grad(), autocast, _evaluating(self._model):
-            return torch.func.functional_call(self._model, self._weights, args=(), kwargs=inputs, tie_weights=False)
-
-
-def _linear_weights_in_bf16(model: nn.Module) -> dict[str, Tensor]:
-    """bf16 copies of what autocast would convert again at every step, by parameter name.
-
-    Autocast's own cache ends with its context, that is with every call. `tie_weights=False` above keeps an
-    embedding that shares its weight with the head in fp32, as it is under autocast.
-    """
-    return {
-        f"{name}.{parameter_name}": parameter.detach().to(torch.bfloat16)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype == torch.float32
-    }
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then exactly the modes that the modules had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class GrowingBatch:
-    """Prompts, left-padded, and their cache. Equal prompts are computed once and their cache repeated."""
+    """Prompts, left-padded, and their cache.
+
+    Equal prompts are computed once and their cache repeated. Prompts of unlike length are computed one group of like
+    length after the other, and decoded together; a model whose cache is more than keys and values reads them at once.
+    """
 
     def __init__(
         self, forward: InferenceForward, prompts: Sequence[IntArray], *, pad_id: int, max_new_tokens: int
@@ -97,38 +38,65 @@ class GrowingBatch:
         self._prompts = prompts
         self.num_rows = len(prompts)
         self._width = max(len(prompt) for prompt in prompts)
+        self._max_fed_tokens = max_new_tokens - 1  # the last one is never fed
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=forward.device)
-        column_S = torch.arange(self._width + max_new_tokens, device=forward.device)
+        column_S = torch.arange(self._width + self._max_fed_tokens, device=forward.device)
         self._mask_BS = (column_S >= self._width - lengths_B[:, None]).long()  # True for tokens to come, too
         self._next_position_B = lengths_B
         self._cache: Any = None
 
     def prefill(self) -> Tensor:
         """Runs the prompts; logits of each one's next token, [B, V]."""
-        first_row_of: dict[bytes, int] = {}
+        rows_of: dict[bytes, list[int]] = {}
         for row, prompt in enumerate(self._prompts):
-            first_row_of.setdefault(prompt.tobytes(), row)
-        distinct_rows = list(first_row_of.values())
-        padded_DS = np.full((len(distinct_rows), self._width), self._pad_id, np.int64)
-        for index, row in enumerate(distinct_rows):
-            padded_DS[index, self._width - len(self._prompts[row]) :] = self._prompts[row]
-        mask_DS = self._mask_BS[distinct_rows, : self._width]
+            rows_of.setdefault(prompt.tobytes(), []).append(row)
+        distinct = list(rows_of.values())
+        plan = [list(range(len(distinct)))]
+        if self._forward.has_plain_cache:
+            lengths = [len(self._prompts[rows[0]]) for rows in distinct]
+            plan = plan_like_lengths(lengths, pass_cost_tokens=FORWARD_COST_TOKENS)
+        groups, logits_by_group = [], []
+        for indices in plan:
+            group, logits_DV = self._read([distinct[index] for index in indices])
+            groups.append(group)
+            logits_by_group.append(logits_DV[group.source_rows])
+        # The order of the groups' rows, undone.
+        row_order_B = torch.cat([group.rows for group in groups]).argsort()
+        if self._forward.has_plain_cache:
+            self._cache = preallocated_cache(
+                groups,
+                num_rows=self.num_rows,
+                width=self._width,
+                max_new_columns=self._max_fed_tokens,
+                dtype=self._forward.cache_dtype,
+            )
+        else:
+            self._cache = groups[0].cache
+            self._cache.reorder_cache(groups[0].source_rows[row_order_B])
+        return torch.cat(logits_by_group)[row_order_B]
+
+    def _read(self, distinct: Sequence[Sequence[int]]) -> tuple[PrefilledGroup, Tensor]:
+        """One forward over distinct prompts, given as the rows that each belongs to; logits [D, V]."""
+        prompts = [self._prompts[rows[0]] for rows in distinct]
+        width = max(len(prompt) for prompt in prompts)
+        padded_DS = np.full((len(prompts), width), self._pad_id, np.int64)
+        for target_S, prompt in zip(padded_DS, prompts, strict=True):
+            target_S[width - len(prompt) :] = prompt
+        device = self._forward.device
+        mask_DS = self._mask_BS[[rows[0] for rows in distinct], self._width - width : self._width]
         output = self._forward(
-            input_ids=torch.from_numpy(padded_DS).to(self._forward.device),
+            input_ids=torch.from_numpy(padded_DS).to(device),
             attention_mask=mask_DS,
             position_ids=(mask_DS.cumsum(dim=-1) - 1).clamp(min=0),
-            cache=None,
+            cache=self._forward.new_cache(),
         )
-        self._cache = output.past_key_values
-        logits_DV: Tensor = output.logits[:, -1]
-        if len(distinct_rows) == len(self._prompts):
-            return logits_DV
-        repeat_B = torch.tensor(
-            [distinct_rows.index(first_row_of[prompt.tobytes()]) for prompt in self._prompts],
-            device=self._forward.device,
+        source_rows = [index for index, rows in enumerate(distinct) for _ in rows]
+        group = PrefilledGroup(
+            output.past_key_values,
+            torch.tensor(source_rows, device=device),
+            torch.tensor([row for rows in distinct for row in rows], device=device),
         )
-        self._cache.reorder_cache(repeat_B)
-        return logits_DV[repeat_B]
+        return group, output.logits[:, -1]
 
     def step(self, token_ids_B: IntArray) -> Tensor:
         """Appends one token to every sequence; logits of the next ones, [B, V]."""
@@ -144,11 +112,11 @@ class GrowingBatch:
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drops all sequences but `rows`, which close up in this order."""
-        index_B = torch.tensor(rows, device=self._forward.device)
-        self._cache.reorder_cache(index_B)  # every kind of cache layer has it, unlike batch_select_indices
-        self.num_rows = len(rows)
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drops all sequences but `slots`, which close up in this order, one that `closed_up` made."""
+        keep_rows(self._cache, slots, self._forward.device)
+        index_B = torch.tensor(slots, device=self._forward.device)
+        self.num_rows = len(slots)
         self._mask_BS = self._mask_BS[index_B]
         self._next_position_B = self._next_position_B[index_B]
 
@@ -162,8 +130,8 @@ def decode(
 ) -> Iterator[tuple[int, bool]]:
     """Grows a batch to its end and yields (row, ended) as soon as a row is complete, before the next forward.
 
-    A row is complete with an end token (ended) or at `max_new_tokens` (not ended). It leaves the batch at
-    once: that copies the cache one time more, as every step does anyway, and spares the row's later steps.
+    A row is complete with an end token (ended) or at `max_new_tokens` (not ended). It leaves the batch at once, and
+    one from the end of the batch takes its place.
     """
     rows = list(range(batch.num_rows))
     logits_BV = batch.prefill()
@@ -174,13 +142,24 @@ def decode(
         for row, ended in zip(rows, ended_B, strict=True):
             if ended or is_last:
                 yield row, ended
-        growing = [slot for slot, ended in enumerate(ended_B) if not ended]
+        growing = closed_up(ended_B)
         if is_last or not growing:
             return
         if len(growing) < len(rows):
             batch.keep(growing)
             rows = [rows[slot] for slot in growing]
         logits_BV = batch.step(token_ids_B[growing])
+
+
+def closed_up(ended_B: Sequence[bool]) -> list[int]:
+    """The slots that go on, in an order that leaves as many as possible where they are.
+
+    Those behind the new end move into the gaps, in their order; the others stay.
+    """
+    num_growing = len(ended_B) - sum(ended_B)
+    behind = [slot for slot in range(num_growing, len(ended_B)) if not ended_B[slot]]
+    fill = iter(behind)
+    return [next(fill) if ended_B[slot] else slot for slot in range(num_growing)]
 
 
 def in_batches_of_like_length(prompts: Sequence[IntArray], batch_size: int) -> list[list[int]]:

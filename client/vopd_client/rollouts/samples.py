@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from vopd_client.errors import NonFiniteError
 from vopd_client.rollouts.decoding import (
     GrowingBatch,
-    InferenceForward,
-    MixedPrecision,
     decode,
     in_batches_of_like_length,
 )
+from vopd_client.rollouts.forward import InferenceForward, MixedPrecision
 from vopd_client.rollouts.sampling import draw_by_inverse_cdf, row_uniforms, sampling_logits
 from vopd_client.rollouts.transformers import RolloutRequest
 from vopd_client.rollouts.truncation import truncate

@@ -40,7 +40,8 @@ def sampling_logits(logits_BV: Tensor, *, num_shared_ids: int, temperature: floa
 
     Cutting the others off is masking them: they get neither a draw nor a share of the normaliser.
     """
-    return logits_BV[:, :num_shared_ids].float() / temperature
+    logits_BV = logits_BV[:, :num_shared_ids].float()
+    return logits_BV if temperature == 1.0 else logits_BV / temperature
 
 
 class Draw(NamedTuple):
@@ -63,7 +64,7 @@ def draw_by_inverse_cdf(logits_BV: Tensor, uniforms_B: Tensor) -> Draw:
     """
     num_rows, num_ids = logits_BV.shape
     largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
-    weights_BV = (logits_BV - largest_B1).exp()
+    weights_BV = (logits_BV - largest_B1).exp_()
     if num_ids % IDS_PER_BLOCK:
         weights_BV = pad(weights_BV, (0, -num_ids % IDS_PER_BLOCK))
     blocks_BNI = weights_BV.view(num_rows, -1, IDS_PER_BLOCK)

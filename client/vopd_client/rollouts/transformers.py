@@ -16,11 +16,10 @@ from vopd_client.errors import NonFiniteError
 from vopd_client.rollouts.base import Rollout, RolloutKey
 from vopd_client.rollouts.decoding import (
     GrowingBatch,
-    InferenceForward,
-    MixedPrecision,
     decode,
     in_batches_of_like_length,
 )
+from vopd_client.rollouts.forward import InferenceForward, MixedPrecision
 from vopd_client.rollouts.sampling import Float64Array, draw_by_inverse_cdf, row_uniforms, sampling_logits
 from vopd_client.rollouts.support import adaptive_support
 from vopd_proto.arrays import Float32Array, IntArray
