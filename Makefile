@@ -60,6 +60,7 @@ bench-memory: install ## Memory, time and gradients of every loss against the pl
 bench-teacher: install model ## Our engines beside a stock vLLM server: tokens a second, latency, bytes, memory
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
 	$(BIN)/python bench/teacher.py --model $(MODEL) --json bench/results/teacher.json
+	$(BIN)/python bench/teacher_floor.py --model $(MODEL) --json bench/results/teacher.json
 	$(BIN)/python bench/performance_tables.py
 
 # Teacher and student take turns on the cores, as above.
@@ -68,7 +69,7 @@ bench-overlap: install model ## A step beside a teacher two seconds away, on-pol
 	$(BIN)/python bench/performance_tables.py
 
 bench-trainer: install model ## Rollouts, update and teacher forward beside their floors on this machine
-	OMP_WAIT_POLICY=passive $(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
+	$(BIN)/python bench/trainer_cost.py --model $(MODEL) --json bench/results/trainer.json
 	$(BIN)/python bench/performance_tables.py
 
 bench-scaling: install model ## How cost grows with every length and size, and the capacity model beside it

@@ -70,18 +70,42 @@ def told(value: object) -> str:
 
 
 def rows_and_bars(content: Content) -> str:
-    """Every field of `rows` that is one number or text; then the bars, where there is a list of them."""
+    """Every field of `rows` that is one number or text; then the bars, where there is a list of them or of ratios."""
     rows = [
         {key: value for key, value in row.items() if isinstance(value, str | int | float)} for row in content["rows"]
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     header = [column.replace("_per_", " / ").replace("_", " ") for column in columns]
     made = table(header, [[told(row[column]) if column in row else "" for column in columns] for row in rows])
-    bars = content.get("bars")
-    if isinstance(bars, list):
-        lines = [[bar["what"], bar["found"], bar["bar"], "yes" if bar["holds"] else "**no**"] for bar in bars]
+    bars = next((part for name in ("bars", "ratios") if isinstance(part := content.get(name), list)), [])
+    lines = [
+        [bar["what"], told(bar.get("found", bar.get("value"))), told(bar["bar"]), "yes" if bar["holds"] else "**no**"]
+        for bar in bars
+    ]
+    if lines:
         made += "\n" + table(("bar", "found", "asked for", "holds"), lines)
     return made
+
+
+def teacher(content: Content) -> str:
+    """The contestants and the bars, then the engine in one process beside its floor."""
+    made = rows_and_bars(content)
+    if "floor" not in content:
+        return made
+    lines = []
+    for row in content["floor"]["rows"]:
+        shares = list(row["profile"]["shares"].items())[:6]
+        lines.append(
+            [
+                f"{row['contexts']} contexts",
+                told(row["scored_tokens_per_s"]),
+                told(row["floor_tokens_per_s"]),
+                told(row["over_floor"]),
+                ", ".join(f"{name} {share:.0%}" for name, share in shares),
+            ]
+        )
+    header = ("transformers engine, in one process", "tokens/s", "floor", "times the floor", "where the time goes")
+    return made + "\n" + table(header, lines)
 
 
 def scaling(content: Content) -> str:
@@ -202,7 +226,7 @@ def mbit(row: Content) -> str:
 
 # Section: the file of its results, and how they are told.
 SECTIONS: Mapping[str, tuple[str, Callable[[Content], str]]] = {
-    "teacher": ("teacher.json", rows_and_bars),
+    "teacher": ("teacher.json", teacher),
     "overlap": ("overlap.json", rows_and_bars),
     "trainer": ("trainer.json", rows_and_bars),
     "wire": ("wire.json", wire),

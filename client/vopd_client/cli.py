@@ -77,7 +77,9 @@ COMMANDS = {
     "variance": Command(
         VarianceConfig, _variance, "How noisy every objective's gradient is for a pair of models, by support size."
     ),
-    "report": Command(ReportConfig, _report, "Draws curves.png, timeline.png and report.html from a run's own metrics."),
+    "report": Command(
+        ReportConfig, _report, "Draws curves.png, timeline.png and report.html from a run's own metrics."
+    ),
 }
 
 

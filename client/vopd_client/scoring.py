@@ -94,6 +94,22 @@ def send(rollout: Rollout, prompt: Prompt, *, request: Request, teacher: Teacher
     return SentRollout(rollout, prompt, answer, flight)
 
 
+class Traffic:
+    """Bytes to and from the teacher, from one look to the next: answers come at any time, and none is left out."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._seen = self._total
+
+    @property
+    def _total(self) -> int:
+        return self._teacher.bytes_sent + self._teacher.bytes_received
+
+    def since_last_look(self) -> int:
+        before, self._seen = self._seen, self._total
+        return self._seen - before
+
+
 @dataclass(slots=True)
 class Waiter:
     """Waits for answers, and adds up for how long.

@@ -44,7 +44,7 @@ from vopd_client.rollout_files import write_rollouts
 from vopd_client.rollout_source import RolloutSource
 from vopd_client.run_directory import RunDirectory, claim_run_directory, run_path
 from vopd_client.schedule import dropout_seed, is_due
-from vopd_client.scoring import SentRollout, Waiter
+from vopd_client.scoring import SentRollout, Traffic, Waiter
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.student import StudentOutputs
 from vopd_client.teaching import ConnectedTeacher
@@ -157,6 +157,7 @@ class Trainer:
         self._log = log
         self._stop = stop
         self._module = run.student.module
+        self._traffic = Traffic(run.teacher)
         self._rollouts = RolloutSource(run, stop.check)
         self._pipeline = Pipeline[list[SentRollout]](
             max_staleness=run.config.max_staleness,
@@ -186,7 +187,6 @@ class Trainer:
         """One optimizer step, on rollouts that are at most max_staleness updates old."""
         run, notes = self.run, StepNotes(step, self._waiter(step))
         sums, timeline, waiter = notes.sums, notes.timeline, notes.waiter
-        bytes_before = run.teacher.bytes_sent + run.teacher.bytes_received
         last_loss_sum: Tensor | None = None
         problem: Problem | None = None
         steps_to_sample = self._pipeline.steps_to_sample(step)
@@ -203,7 +203,7 @@ class Trainer:
             problem = error
         except torch.OutOfMemoryError as error:
             problem = out_of_memory(step, error)
-        sums.values["teacher_bytes"] = run.teacher.bytes_sent + run.teacher.bytes_received - bytes_before
+        sums.values["teacher_bytes"] = self._traffic.since_last_look()
 
         # From here on all processes do the same: they stop together, or exchange gradients and step together.
         totals = agree(problem, sums.values)
@@ -256,6 +256,7 @@ class Trainer:
                 problem = error
             except torch.OutOfMemoryError as error:
                 problem = out_of_memory(step, error)
+            self._traffic.since_last_look()  # an evaluation's bytes are no step's
         agree(problem, {})
 
     def save_if_newer(self) -> None:
