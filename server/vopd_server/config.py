@@ -107,7 +107,7 @@ class ServerConfig(BaseModel):
         None,
         ge=0,
         description="Tokens of contexts whose keys and values the transformers engine keeps, for completions that "
-        "arrive after the first of their group; 0: none. Default: max-batch-tokens.",
+        "arrive after the first of their group; 0: none. Default: a quarter of max-batch-tokens.",
     )
     max_sequences_per_request: int = Field(256, ge=1, description="Sequences in one Score request, at most.")
     max_tokens_per_request: int = Field(

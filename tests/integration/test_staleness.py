@@ -29,7 +29,7 @@ def column(runs: Runs, metric: str, name: str = "run") -> list[Any]:
 
 
 def without_traffic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A request that fails has other bytes than one that is answered."""
+    """A request that fails has other bytes than one that is answered, and one that is sent again has more."""
     return [{name: value for name, value in row.items() if name != "teacher_bytes_per_token"} for row in rows]
 
 
@@ -182,7 +182,7 @@ def test_a_run_that_died_without_saving_goes_on_from_the_checkpoint_before(runs:
     timeline_of_the_first = read_rows(runs.directory().timeline_file)
     assert [row["step"] for row in timeline_of_the_first] == [1, 2, 3]
     assert runs.train(resume=True, **settings) == 0
-    assert runs.metrics() == runs.metrics("undisturbed")
+    assert without_traffic(runs.metrics()) == without_traffic(runs.metrics("undisturbed"))  # some was sent twice
     assert same_bits(runs.weights(), runs.weights("undisturbed"))
     timeline = read_rows(runs.directory().timeline_file)
     assert [row["step"] for row in timeline] == [1, 2, 3, 4, 5, 6]

@@ -12,15 +12,24 @@ HEADS, HEAD_DIM, WINDOW = 2, 4, 6
 
 
 def context(length: int, value: float = 0.0) -> ReadContext:
-    return ReadContext(length, torch.full((3,), value), ())
+    states = torch.full((HEADS, length, HEAD_DIM), value)
+    return ReadContext(length, torch.full((3,), value), ((states, -states),))
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_oldest_goes_first_and_what_stays_is_untouched() -> None:
     cache = ContextCache(100)
-    cache.keep({b"a": context(40), b"b": context(40)})
-    assert set(cache.of([b"a", b"missing"])) == {b"a"}
-    cache.keep({b"c": context(40)})
-    assert (cache.keys, cache.num_tokens) == ({b"a", b"c"}, 80)
+    for value in range(1, 30):  # lengths that leave a rest at the end of the room
+        cache.keep({bytes([value]): context(23 + value % 3, float(value))})
+        assert bytes([value]) in cache.keys
+        assert cache.num_tokens <= 100
+        assert len(cache) >= min(value, 3)
+        for key, kept in cache.of(cache.keys).items():
+            [(keys, values)] = [layer for layer in kept.layers if layer is not None]
+            assert keys.shape == (HEADS, 23 + key[0] % 3, HEAD_DIM)
+            assert (keys == key[0]).all()
+            assert (values == -key[0]).all()
+            assert (kept.last_hidden_H == key[0]).all()
+        assert sorted(cache.keys) == [bytes([key]) for key in range(value - len(cache) + 1, value + 1)]
 
 
 def test_what_is_longer_than_the_whole_room_pushes_nothing_out() -> None:
@@ -30,8 +39,9 @@ def test_what_is_longer_than_the_whole_room_pushes_nothing_out() -> None:
 
 
 def test_the_one_that_is_there_stays_when_it_comes_again() -> None:
-    cache, first = ContextCache(100), context(60)
-    cache.keep({b"a": first})
+    cache = ContextCache(100)
+    cache.keep({b"a": context(60)})
+    first = cache.of([b"a"])[b"a"]
     cache.keep({b"a": context(60)})
     assert cache.of([b"a"])[b"a"] is first
     assert cache.num_tokens == 60
@@ -71,11 +81,13 @@ def test_rows_of_a_batch_come_back_left_padded_and_in_any_order(sliding_window: 
             torch.testing.assert_close(layer.values[row], -layer.keys[row], rtol=0, atol=0)
 
 
-def test_a_copy_does_not_keep_the_batch_alive() -> None:
-    read = DynamicCache()
-    read.update(torch.randn(8, HEADS, 9, HEAD_DIM), torch.randn(8, HEADS, 9, HEAD_DIM), 0)
-    [first, *_] = contexts_in_batch(read, torch.randn(8, 5), [9] * 8)
-    keys_and_values = first.copied().layers[0]
-    assert keys_and_values is not None
-    for tensor in keys_and_values:
-        assert tensor.untyped_storage().nbytes() == HEADS * 9 * HEAD_DIM * 4
+def test_all_that_is_kept_lies_in_memory_that_was_allocated_once() -> None:
+    cache = ContextCache(100)
+    cache.keep({b"a": context(60)})
+    addresses = {cache.of([b"a"])[b"a"].layers[0][0].untyped_storage().data_ptr()}  # type: ignore[index]
+    for number in range(20):
+        cache.keep({bytes([number]): context(30 + number)})
+        addresses |= {kept.layers[0][0].untyped_storage().data_ptr() for kept in cache.of(cache.keys).values()}  # type: ignore[index]
+    assert len(addresses) == 1
+    cache.clear()
+    assert (len(cache), cache.num_tokens, cache.keys) == (0, 0, frozenset())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vopd_server.engines.batching import PassPlan, Shape, plan_next_pass
+from vopd_server.engines.contexts import ContextCache, ReadContext
 from vopd_server.engines.forward import context_key
 from vopd_server.engines.loading import load_model
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
@@ -24,24 +25,6 @@ from vopd_server.types import ScoreRequest, TeacherTopK
 VOCAB_SIZE = 300
 LONG_OF_SHORT = {"max_context_length": 1000, "max_batch_tokens": 4096}  # a batch holds four of the longest
 LONGER_THAN_A_BATCH = {"max_context_length": 5000, "max_batch_tokens": 4096}
-
-
-class KeptContext:
-    """Stands for a ReadContext; copies count for as long as someone has them."""
-
-    tokens_alive = 0
-
-    def __init__(self, length: int, *, is_copy: bool = False) -> None:
-        self.length = length
-        self.last_hidden_H = torch.zeros(1)
-        self._counted = length * is_copy
-        KeptContext.tokens_alive += self._counted
-
-    def __del__(self) -> None:
-        KeptContext.tokens_alive -= self._counted
-
-    def copied(self) -> KeptContext:
-        return KeptContext(self.length, is_copy=True)
 
 
 @dataclass
@@ -56,19 +39,17 @@ class MeasuredModel:
     forwards: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     supports: set[int] = field(default_factory=set)
-    counts_what_is_kept: bool = False
-    kept_beside: int = 0  # tokens of copied contexts, at most, while a forward ran
 
     def read_contexts(self, requests: Sequence[ScoreRequest]) -> tuple[Any, None]:
         contexts = {context_key(request): len(request.context_ids) for request in requests}
         self.cached.append(len(contexts) * max(contexts.values()))
-        return {key: KeptContext(length) for key, length in contexts.items()}, None
+        layer = (torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+        return {key: ReadContext(1, torch.zeros(1), (layer,)) for key in contexts}, None
 
-    def score(self, requests: Sequence[ScoreRequest], contexts: Any, *, keep_contexts: bool) -> None:
+    def score(self, requests: Sequence[ScoreRequest], contexts: Any, *, keep_tokens: int) -> None:
         tokens = len(requests) * max(request.num_tokens - 1 for request in requests)
         self.supports |= {cast(TeacherTopK, request.support).k for request in requests}
-        self.kept_beside = max(self.kept_beside, KeptContext.tokens_alive)
-        if tokens + KeptContext.tokens_alive * self.counts_what_is_kept > self.device_bytes:
+        if tokens > self.device_bytes:
             raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore than anyone wants to read.")
         self.forwards.append(tokens)
 
@@ -131,21 +112,23 @@ def test_the_longest_sequence_and_a_full_batch_are_run_whole_and_on_cached_conte
     assert model.supports == {100}
 
 
-def test_the_contexts_that_may_be_kept_are_there_while_it_runs() -> None:
+def test_the_memory_of_kept_contexts_is_there_before_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: list[int] = []
+    keep = ContextCache.keep
+
+    def spy(cache: ContextCache, contexts: Any) -> None:
+        assert model.forwards == []
+        keep(cache, contexts)
+        allocated.append(cache._pools[0][0].shape[1])  # type: ignore[index]
+
+    monkeypatch.setattr(ContextCache, "keep", spy)
     model = MeasuredModel()
     run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
-    assert model.kept_beside == 3 * 999
-    assert KeptContext.tokens_alive == 0
+    assert allocated == [3100]
     model = MeasuredModel(can_share_contexts=False)
     run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
-    assert model.kept_beside == 0
-
-
-def test_what_does_not_fit_beside_kept_contexts_is_refused() -> None:
-    model = MeasuredModel(6000, counts_what_is_kept=True)
-    run(model, **LONG_OF_SHORT)
-    with pytest.raises(ConfigError, match=r"context_cache_tokens \(now 3100\)"):
-        run(model, context_cache_tokens=3100, **LONG_OF_SHORT)
+    run(MeasuredModel(), context_cache_tokens=0, **LONG_OF_SHORT)
+    assert allocated == [3100]
 
 
 def test_a_sequence_longer_than_a_batch_is_the_largest_forward() -> None:
@@ -198,7 +181,7 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory() -> None:
 def test_a_real_model_runs_them_all(tiny_model_dir: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     longest, score = [], ScoringModel.score
 
-    def spy(model: ScoringModel, requests: Sequence[ScoreRequest], contexts: Any, **settings: bool) -> Any:
+    def spy(model: ScoringModel, requests: Sequence[ScoreRequest], contexts: Any, **settings: int) -> Any:
         longest.append(max(request.num_tokens for request in requests))
         return score(model, requests, contexts, **settings)
 

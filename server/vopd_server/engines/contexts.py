@@ -5,9 +5,8 @@ Axes: B rows of a forward, C context tokens, S cached slots, H hidden size, D he
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
@@ -33,11 +32,6 @@ class ReadContext:
     last_hidden_H: torch.Tensor
     layers: tuple[KeysAndValues | None, ...]
 
-    def copied(self) -> ReadContext:
-        """The same in memory of its own: views keep the whole batch that they were read in alive."""
-        layers = tuple(layer and (layer[0].clone(), layer[1].clone()) for layer in self.layers)
-        return replace(self, last_hidden_H=self.last_hidden_H.clone(), layers=layers)
-
 
 ReadContexts = Mapping[bytes, ReadContext]  # by `forward.context_key`
 
@@ -45,48 +39,83 @@ ReadContexts = Mapping[bytes, ReadContext]  # by `forward.context_key`
 class ContextCache:
     """The contexts read last, for completions that arrive later than the first of their group.
 
-    max_tokens: of all of them together; 0: none is kept. The least recently used goes first. Nothing in it is ever
-    out of date: weights do not change, and a key tells contexts and salts apart exactly.
+    max_tokens: of all of them together; 0: none is kept. The oldest goes first. Nothing in it is ever out of date:
+    weights do not change, and a key tells contexts and salts apart exactly.
+
+    Their memory is allocated once and written round and round: contexts of all lengths that come and go would leave
+    the heap full of holes.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self.num_tokens = 0
-        self._contexts: OrderedDict[bytes, ReadContext] = OrderedDict()
+        self._pools: list[KeysAndValues | None] = []  # [heads, max_tokens, D] of each layer
+        self._contexts: dict[bytes, ReadContext] = {}
+        self._first_slot: dict[bytes, int] = {}
+        self._next_slot = 0
 
     def __len__(self) -> int:
         return len(self._contexts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(context.length for context in self._contexts.values())
 
     @property
     def keys(self) -> frozenset[bytes]:
         return frozenset(self._contexts)
 
     def of(self, keys: Iterable[bytes]) -> dict[bytes, ReadContext]:
-        """Those of `keys` that are here; they count as used."""
-        found = {key: self._contexts[key] for key in keys if key in self._contexts}
-        for key in found:
-            self._contexts.move_to_end(key)
-        return found
+        """Those of `keys` that are here, as views that are good until the next `keep`."""
+        return {key: self._contexts[key] for key in keys if key in self._contexts}
 
     def keep(self, contexts: ReadContexts) -> None:
-        """Takes new ones in, which must not be views, and lets go of the oldest.
-
-        What is too long, or not finite, is not kept.
-        """
+        """Copies new ones in, over the oldest. What is too long, or not finite, is not kept."""
         for key, context in contexts.items():
             if key in self._contexts or context.length > self.max_tokens:
                 continue
             if not context.last_hidden_H.isfinite().all():
                 continue
-            self._contexts[key] = context
-            self.num_tokens += context.length
-        while self.num_tokens > self.max_tokens:
-            _, oldest = self._contexts.popitem(last=False)
-            self.num_tokens -= oldest.length
+            slot = self._room_for(context.length)
+            self._contexts[key] = self._written(context, slot)
+            self._first_slot[key] = slot
 
     def clear(self) -> None:
+        self._pools.clear()
         self._contexts.clear()
-        self.num_tokens = 0
+        self._first_slot.clear()
+        self._next_slot = 0
+
+    def _room_for(self, length: int) -> int:
+        """The first of so many slots, whose contexts have gone."""
+        first = self._next_slot if self._next_slot + length <= self.max_tokens else 0
+        end = self._next_slot = first + length
+        for key, slot in list(self._first_slot.items()):
+            if slot < end and first < slot + self._contexts[key].length:
+                del self._contexts[key], self._first_slot[key]
+        return first
+
+    def _written(self, context: ReadContext, slot: int) -> ReadContext:
+        if not self._pools:
+            self._pools = [layer and self._pool(layer) for layer in context.layers]
+        layers: list[KeysAndValues | None] = []
+        for pool, layer in zip(self._pools, context.layers, strict=True):
+            if pool is None or layer is None:
+                layers.append(None)
+                continue
+            (pool_keys, pool_values), (keys, values) = pool, layer
+            slots = slice(slot, slot + keys.shape[-2])
+            kept = pool_keys[:, slots], pool_values[:, slots]
+            kept[0].copy_(keys)
+            kept[1].copy_(values)
+            layers.append(kept)
+        return ReadContext(context.length, context.last_hidden_H.clone(), tuple(layers))
+
+    def _pool(self, layer: KeysAndValues) -> KeysAndValues:
+        keys, values = layer
+        return (
+            keys.new_empty(keys.shape[0], self.max_tokens, keys.shape[-1]),
+            values.new_empty(values.shape[0], self.max_tokens, values.shape[-1]),
+        )
 
 
 def contexts_in_batch(cache: DynamicCache, last_hidden_BH: torch.Tensor, lengths: Sequence[int]) -> list[ReadContext]:
@@ -145,28 +174,33 @@ def _joined(
 
 
 class KeepingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """A layer of a forward of whole sequences that holds on to their contexts' states, and to nothing else.
+    """A layer of a forward of whole sequences that holds on to some contexts' states, and to nothing else.
 
     Args:
         layer: the empty layer of the model's own cache that this one stands in for.
-        lengths: context tokens of each row.
+        length_of_row: context tokens of the rows whose contexts are kept.
     """
 
-    def __init__(self, layer: DynamicLayer, lengths: Sequence[int]) -> None:
+    def __init__(self, layer: DynamicLayer, length_of_row: Mapping[int, int]) -> None:
         super().__init__()
         self._layer = layer
-        self._lengths = lengths
+        self._length_of_row = length_of_row
         self.is_sliding = layer.is_sliding
-        self.kept: list[KeysAndValues] = []
+        self.kept: dict[int, KeysAndValues] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_arguments: object, **_named: object
     ) -> KeysAndValues:
-        for row, length in enumerate(self._lengths):
+        if not self._length_of_row:
+            return key_states, value_states
+        # One copy for all rows: a copy for each would leave holes in the heap.
+        rows, longest = list(self._length_of_row), max(self._length_of_row.values())
+        keys_RS, values_RS = (states[rows, :, :longest] for states in (key_states, value_states))
+        for place, (row, length) in enumerate(self._length_of_row.items()):
             first = 0
             if isinstance(self._layer, DynamicSlidingWindowLayer):
                 first = max(0, length - self._layer.sliding_window + 1)
-            self.kept.append((key_states[row, :, first:length].clone(), value_states[row, :, first:length].clone()))
+            self.kept[row] = keys_RS[place, :, first:length], values_RS[place, :, first:length]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -87,22 +87,22 @@ class Backbone:
         return self._completion_rows(hidden_BSH, requests), _cost(ids_BS, sequences)
 
     def read_whole_and_contexts(
-        self, requests: Sequence[ScoreRequest]
+        self, requests: Sequence[ScoreRequest], *, max_context_tokens: int
     ) -> tuple[torch.Tensor, dict[bytes, ReadContext], Forwarded]:
-        """As `read_whole`, and on the way the states of the contexts, in memory of their own."""
+        """As `read_whole`, and on the way the states of so many tokens' contexts, those of the last requests."""
         sequences = _whole(requests)
         ids_BS = _padded_right(sequences)
-        lengths = [len(request.context_ids) for request in requests]
+        length_of_row = _last_contexts(requests, max_context_tokens)
         cache = self._new_cache()
-        keeping = [KeepingLayer(layer, lengths) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        keeping = [KeepingLayer(layer, length_of_row) for layer in cache.layers if isinstance(layer, DynamicLayer)]
         assert len(keeping) == len(cache.layers), "has_expandable_cache says whether this can be asked"
         cache.layers = list(keeping)
         hidden_BSH = self._forward(ids_BS, use_cache=True, past_key_values=cache)
         contexts = {
-            context_key(request): ReadContext(
+            context_key(requests[row]): ReadContext(
                 length, hidden_BSH[row, length - 1].clone(), tuple(layer.kept[row] for layer in keeping)
             )
-            for row, (request, length) in enumerate(zip(requests, lengths, strict=True))
+            for row, length in length_of_row.items()
         }
         return self._completion_rows(hidden_BSH, requests), contexts, _cost(ids_BS, sequences)
 
@@ -187,6 +187,18 @@ class Backbone:
 def _whole(requests: Sequence[ScoreRequest]) -> list[IntArray]:
     """What the model reads of each: the last completion token predicts nothing asked for."""
     return [np.concatenate((request.context_ids, request.completion_ids[:-1])) for request in requests]
+
+
+def _last_contexts(requests: Sequence[ScoreRequest], max_tokens: int) -> dict[int, int]:
+    """Context lengths of the last rows that have `max_tokens` together, at most, each context once."""
+    lengths: dict[int, int] = {}
+    seen: set[bytes] = set()
+    for row in range(len(requests) - 1, -1, -1):
+        length, key = len(requests[row].context_ids), context_key(requests[row])
+        if key not in seen and sum(lengths.values()) + length <= max_tokens:
+            lengths[row] = length
+            seen.add(key)
+    return lengths
 
 
 def _padded_right(sequences: Sequence[IntArray]) -> IntArray:

@@ -75,7 +75,7 @@ def can_share_contexts(model: Any, backbone: Backbone, head: OutputHead) -> bool
         logger.info("%s has layers that share one cache: contexts are read once a completion", architecture)
         return False
     expected = _logprobs(head, _alone(backbone, requests))
-    whole_NH, kept, _ = backbone.read_whole_and_contexts(requests)
+    whole_NH, kept, _ = backbone.read_whole_and_contexts(requests, max_context_tokens=2 * sum(map(sum, _PROBE_LENGTHS)))
     ways = (whole_NH, *(backbone.read_completions(read, requests)[0] for read in (contexts, kept)))
     differences = [_difference(_logprobs(head, hidden_NH), expected) for hidden_NH in ways]
     if not all(difference.relative <= _tolerance(model.dtype, _BATCH_TOLERANCE_EPS) for difference in differences):

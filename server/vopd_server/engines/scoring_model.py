@@ -33,7 +33,7 @@ class Scored:
 
     results: one a request; an EngineError in the place of one for which the model gave NaN, or hidden states that
         are not finite.
-    contexts: those that were read on the way, in memory of their own.
+    contexts: those that were read on the way.
     """
 
     results: list[Scores | EngineError]
@@ -59,19 +59,19 @@ class ScoringModel:
         with torch.inference_mode():
             return self.backbone.read_contexts(requests)
 
-    def score(
-        self, requests: Sequence[ScoreRequest], contexts: ReadContexts | None, *, keep_contexts: bool = False
-    ) -> Scored:
+    def score(self, requests: Sequence[ScoreRequest], contexts: ReadContexts | None, *, keep_tokens: int = 0) -> Scored:
         """Scores requests with completions of at least one token, on their contexts where given.
 
-        keep_contexts: give the contexts that are read on the way; only where `can_share_contexts`.
+        keep_tokens: of contexts that are read on the way and given, at most; only where `can_share_contexts`.
         """
         read: dict[bytes, ReadContext] = {}
         with torch.inference_mode():
             if contexts is not None:
                 hidden_NH, forwarded = self.backbone.read_completions(contexts, requests)
-            elif keep_contexts:
-                hidden_NH, read, forwarded = self.backbone.read_whole_and_contexts(requests)
+            elif keep_tokens:
+                hidden_NH, read, forwarded = self.backbone.read_whole_and_contexts(
+                    requests, max_context_tokens=keep_tokens
+                )
             else:
                 hidden_NH, forwarded = self.backbone.read_whole(requests)
             answers = score_rows(self.head, hidden_NH, row_queries(requests), chunk_rows=self.chunk_rows)

@@ -77,7 +77,7 @@ class TransformersEngine:
     max_request_tokens: tokens beyond which no sequence is admitted, so that no room is needed for them.
     max_batch_tokens: padded tokens one forward may hold, cached contexts included; a longer request runs alone.
     context_cache_tokens: tokens of contexts that are kept for completions that arrive after the first of their
-        group; None: max_batch_tokens; 0: none. They take the memory of so many tokens' keys and values.
+        group; None: a quarter of max_batch_tokens; 0: none. They take the memory of so many tokens' keys and values.
     max_top_k: ids in the support of one position, at most.
     deterministic: every forward's shape depends on its request alone (one row; a context, then its
         completion on its cache), so the same request gives the same bits in whatever company, from run to
@@ -112,7 +112,7 @@ class TransformersEngine:
         self._model_id = model
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
-        self._kept = ContextCache(max_batch_tokens if context_cache_tokens is None else context_cache_tokens)
+        self._kept = ContextCache(max_batch_tokens // 4 if context_cache_tokens is None else context_cache_tokens)
 
         def load() -> tuple[ScoringModel, HeadFile | None]:
             loaded = load_model(
@@ -299,34 +299,37 @@ class TransformersEngine:
         for entry in members:
             del self._queue[entry.number]
         started_at_s = time.perf_counter()
-        contexts = None
+        contexts: ReadContexts | None = None
+        read: dict[bytes, ReadContext] = {}
         if plan.shares_contexts:
-            contexts = await self._contexts_of(members)
-            if contexts is None:
+            outcome = await self._read_missing(members)
+            if isinstance(outcome, BaseException):
+                _fail(members, outcome)
                 return
+            read = outcome
+            contexts = self._kept.of(entry.shape.context_key for entry in members) | read
         contexts_time_s = time.perf_counter() - started_at_s
         for wave in plan.waves:
             await self._run_wave([queued[index] for index in wave], contexts, contexts_time_s)
         self._stats = replace(self._stats, passes=self._stats.passes + 1)
+        if read:  # not before: what is kept anew overwrites what the waves read
+            await self._in_worker(lambda _: self._kept.keep(read))
 
-    async def _contexts_of(self, members: Sequence[_Queued]) -> ReadContexts | None:
-        """The members' contexts, those that are not kept from before read in one forward; None: it failed, and so
-        have the members."""
+    async def _read_missing(self, members: Sequence[_Queued]) -> dict[bytes, ReadContext] | BaseException:
+        """One forward of the members' contexts that are not kept from before, where there are any; or how it failed."""
         length_of = {entry.shape.context_key: entry.shape.context_length for entry in members}
-        contexts = self._kept.of(length_of)
-        to_read = [entry.request for entry in members if entry.shape.context_key not in contexts]
-        forwarded, num_read = Forwarded(), 0
+        kept = self._kept.keys
+        to_read = [entry.request for entry in members if entry.shape.context_key not in kept]
+        read: dict[bytes, ReadContext] = {}
+        forwarded = Forwarded()
         if to_read:
-            outcome = await self._in_worker(partial(self._read_contexts, to_read))
+            outcome = await self._in_worker(lambda model: model.read_contexts(to_read))
             if isinstance(outcome, BaseException):
-                _fail(members, outcome)
-                return None
+                return outcome
             read, forwarded = outcome
-            contexts |= read
-            num_read = sum(length_of[key] for key in read)
         num_used = sum(entry.shape.context_length for entry in members)
-        self._count(forwarded, context_tokens_reused=num_used - num_read)
-        return contexts
+        self._count(forwarded, context_tokens_reused=num_used - sum(length_of[key] for key in read))
+        return read
 
     async def _run_wave(self, entries: list[_Queued], contexts: ReadContexts | None, contexts_time_s: float) -> None:
         """One forward; hands every request its own answer. Calls cancelled meanwhile are left out."""
@@ -355,21 +358,11 @@ class TransformersEngine:
             timed = replace(result, queue_time_s=queue_time_s, engine_time_s=engine_time_s)
             entry.answer.set_result(timed)
 
-    # In the worker thread, where copying what is kept holds nobody up; a pass at a time, so nothing else looks on.
-
-    def _read_contexts(
-        self, requests: Sequence[ScoreRequest], model: ScoringModel
-    ) -> tuple[dict[bytes, ReadContext], Forwarded]:
-        contexts, forwarded = model.read_contexts(requests)
-        if self._kept.max_tokens:
-            self._kept.keep({key: context.copied() for key, context in contexts.items()})
-        return contexts, forwarded
-
     def _score(
         self, requests: Sequence[ScoreRequest], contexts: ReadContexts | None, model: ScoringModel
     ) -> tuple[list[Scores | EngineError], Forwarded]:
-        keep_contexts = model.can_share_contexts and self._kept.max_tokens > 0
-        scored = model.score(requests, contexts, keep_contexts=keep_contexts)
+        """In the worker thread. Contexts that were read on the way are kept."""
+        scored = model.score(requests, contexts, keep_tokens=self._kept.max_tokens * model.can_share_contexts)
         self._kept.keep(scored.contexts)
         return scored.results, scored.forwarded
 

@@ -40,7 +40,7 @@ def warm_up(
     Raises: ConfigError, with the settings to lower, when one does not fit the device.
     """
     started_s = time.monotonic()
-    keep_contexts = model.can_share_contexts and context_cache_tokens > 0
+    keep_tokens = context_cache_tokens * model.can_share_contexts
     kept = ContextCache(context_cache_tokens)
     for requests in largest_passes(
         max_context_length=max_context_length,
@@ -51,14 +51,16 @@ def warm_up(
         deterministic=deterministic,
     ):
         try:
-            if keep_contexts and not kept.num_tokens:
-                _fill(kept, model, length=min(context_cache_tokens, max_context_length - 1))
+            if keep_tokens and not len(kept):  # its memory is allocated with the first
+                kept.keep(
+                    model.read_contexts([ScoreRequest("warm-up", np.zeros(1, np.int64), np.zeros(1, np.int64))])[0]
+                )
             _run(
                 model,
                 requests,
                 max_batch_tokens=max_batch_tokens,
                 deterministic=deterministic,
-                keep_contexts=keep_contexts,
+                keep_tokens=keep_tokens,
             )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _is_out_of_memory(error):
@@ -103,21 +105,13 @@ def largest_passes(
     return passes
 
 
-def _fill(kept: ContextCache, model: ScoringModel, *, length: int) -> None:
-    """One context's states, as often as there is room for them."""
-    request = ScoreRequest("warm-up", np.zeros(length, np.int64), np.zeros(1, np.int64))
-    [context] = model.read_contexts([request])[0].values()
-    for number in range(kept.max_tokens // length):
-        kept.keep({number.to_bytes(8): context.copied()})
-
-
 def _run(
     model: ScoringModel,
     requests: Sequence[ScoreRequest],
     *,
     max_batch_tokens: int,
     deterministic: bool,
-    keep_contexts: bool,
+    keep_tokens: int,
 ) -> None:
     """One pass, as `TransformersEngine` runs it."""
     plan = plan_next_pass(
@@ -130,7 +124,7 @@ def _run(
     if plan.shares_contexts:
         contexts, _ = model.read_contexts([requests[index] for index in plan.members])
     for wave in plan.waves:
-        model.score([requests[index] for index in wave], contexts, keep_contexts=keep_contexts)
+        model.score([requests[index] for index in wave], contexts, keep_tokens=keep_tokens)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
