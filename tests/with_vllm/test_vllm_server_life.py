@@ -29,7 +29,12 @@ from vopd_server.lifecycle import DRAINED, ENGINE_DEAD
 from wire_client import Answer, Question, RefusedError, WireClient, connect
 
 # Three blocks of 128 tokens, one of which vLLM keeps for itself.
-ENGINE_ARGS = {"enforce_eager": True, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 3}
+ENGINE_ARGS = {
+    "enforce_eager": True,
+    "max_num_batched_tokens": 128,
+    "block_size": 128,
+    "num_gpu_blocks_override": 3,
+}
 KV_CACHE_TOKENS = 256
 START_TIMEOUT_S = 300
 # vLLM's workers take 5 s to end even when asked; see EXIT_GRACE_S in vllm_backend for the rest.
