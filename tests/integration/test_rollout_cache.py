@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
+from tiny_model import NUM_IDS, small_config
 from vopd_client import cpu_attention
 from vopd_client.cpu_attention import attending_on_cpu, configs_to_switch
 from vopd_client.model_files import add_lora
@@ -28,31 +29,16 @@ from vopd_client.rollouts.forward import InferenceForward
 from vopd_client.rollouts.transformers import RolloutRequest, RolloutSampler
 from vopd_proto.arrays import IntArray
 
-NUM_IDS = 259
 END_IDS = frozenset(range(0, NUM_IDS, 6))
-
-
-def small(config_type: type, **settings: Any) -> Any:
-    return config_type(
-        vocab_size=NUM_IDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **settings,
-    )
 
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "learned positions": lambda: GPT2Config(
         vocab_size=NUM_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
     ),
-    "shared heads": lambda: small(Qwen3Config, head_dim=8),
-    "sliding window in every layer": lambda: small(MistralConfig, head_dim=8, sliding_window=6),
-    "sliding window in every other layer": lambda: small(Gemma2Config, head_dim=8, sliding_window=6),
+    "shared heads": lambda: small_config(Qwen3Config, head_dim=8),
+    "sliding window in every layer": lambda: small_config(MistralConfig, head_dim=8, sliding_window=6),
+    "sliding window in every other layer": lambda: small_config(Gemma2Config, head_dim=8, sliding_window=6),
 }
 
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tiny_model import write_tiny_model
+from tiny_model import small_config, write_tiny_model
 from vopd_client.errors import NonFiniteError
 from vopd_client.model_files import add_lora, merged_state_dict
 from vopd_client.rollouts.base import Rollout, RolloutKey
@@ -109,28 +109,14 @@ def test_recorded_logprobs_and_supports_are_those_of_a_plain_forward(model: nn.M
         assert_records_a_plain_forward(model, rollout, temperature=temperature)
 
 
-def small(config_type: type, **settings: Any) -> Any:
-    return config_type(
-        vocab_size=NUM_SHARED_IDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **settings,
-    )
-
-
 ARCHITECTURES = {
     "learned positions": GPT2Config(
         vocab_size=NUM_SHARED_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
     ),
-    "q and k norms": small(Qwen3Config, head_dim=8),
-    "sliding window and softcap": small(Gemma2Config, head_dim=8, sliding_window=8),
-    "logit scale": small(CohereConfig),
-    "logit divisor": small(GraniteConfig, logits_scaling=2.0),
+    "q and k norms": small_config(Qwen3Config, head_dim=8),
+    "sliding window and softcap": small_config(Gemma2Config, head_dim=8, sliding_window=8),
+    "logit scale": small_config(CohereConfig),
+    "logit divisor": small_config(GraniteConfig, logits_scaling=2.0),
 }
 
 

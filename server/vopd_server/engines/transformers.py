@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from vopd_server.engines.contexts import ContextCache, ReadContext, ReadContexts
 from vopd_server.engines.forward import Forwarded, context_key
 from vopd_server.engines.head_file import head_directory, write_head_file
 from vopd_server.engines.loading import DtypeName, choose_device, load_model
+from vopd_server.engines.queued import Queued, fail
 from vopd_server.engines.scoring_model import ScoringModel, scoring_model
 from vopd_server.engines.warm_up import warm_up
 from vopd_server.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
@@ -55,15 +56,6 @@ class EngineStats:
     tokens_forwarded: int = 0  # padding included
     padding_tokens: int = 0
     context_tokens_reused: int = 0  # that a completion found read: for its group, or kept from before
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Queued:
-    number: int  # of arrival
-    request: ScoreRequest
-    shape: Shape
-    answer: asyncio.Future[Scores]
-    queued_at_s: float
 
 
 class TransformersEngine:
@@ -143,7 +135,7 @@ class TransformersEngine:
         self._info: EngineInfo | None = None  # outlives the model, as the tokenizer does
         self._tokenizer: TokenizerInfo | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vopd-engine")
-        self._queue: dict[int, _Queued] = {}  # by arrival number, so oldest first
+        self._queue: dict[int, Queued] = {}  # by arrival number, so oldest first
         self._num_arrived = 0
         self._has_work = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -224,7 +216,7 @@ class TransformersEngine:
             return empty_scores(request, hidden_size=loaded.head.hidden_size)
         shape = Shape(context_key(request), len(request.context_ids), len(request.completion_ids))
         answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
-        queued = _Queued(self._num_arrived, request, shape, answer, time.perf_counter())
+        queued = Queued(self._num_arrived, request, shape, answer, time.perf_counter())
         self._num_arrived += 1
         self._queue[queued.number] = queued
         # The dispatcher wakes after every call that is ready now has queued: a gather() becomes one batch.
@@ -304,7 +296,7 @@ class TransformersEngine:
         if plan.shares_contexts:
             outcome = await self._read_missing(members)
             if isinstance(outcome, BaseException):
-                _fail(members, outcome)
+                fail(members, outcome)
                 return
             read = outcome
             contexts = self._kept.of(entry.shape.context_key for entry in members) | read
@@ -315,7 +307,7 @@ class TransformersEngine:
         if read:  # not before: what is kept anew overwrites what the waves read
             await self._in_worker(lambda _: self._kept.keep(read))
 
-    async def _read_missing(self, members: Sequence[_Queued]) -> dict[bytes, ReadContext] | BaseException:
+    async def _read_missing(self, members: Sequence[Queued]) -> dict[bytes, ReadContext] | BaseException:
         """One forward of the members' contexts that are not kept from before, where there are any; or how it failed."""
         length_of = {entry.shape.context_key: entry.shape.context_length for entry in members}
         kept = self._kept.keys
@@ -331,19 +323,19 @@ class TransformersEngine:
         self._count(forwarded, context_tokens_reused=num_used - sum(length_of[key] for key in read))
         return read
 
-    async def _run_wave(self, entries: list[_Queued], contexts: ReadContexts | None, contexts_time_s: float) -> None:
+    async def _run_wave(self, entries: list[Queued], contexts: ReadContexts | None, contexts_time_s: float) -> None:
         """One forward; hands every request its own answer. Calls cancelled meanwhile are left out."""
         waiting = [entry for entry in entries if not entry.answer.done()]
         if not waiting:
             return
         if self._is_closing:
-            _fail(waiting, UnavailableError("the engine is closing"))
+            fail(waiting, UnavailableError("the engine is closing"))
             return
         requests = [entry.request for entry in waiting]
         started_at_s = time.perf_counter()
         outcome = await self._in_worker(partial(self._score, requests, contexts))
         if isinstance(outcome, BaseException):
-            _fail(waiting, outcome)
+            fail(waiting, outcome)
             return
         results, forwarded = outcome
         engine_time_s = contexts_time_s + time.perf_counter() - started_at_s
@@ -395,22 +387,5 @@ class TransformersEngine:
         error = None if dispatcher.cancelled() else dispatcher.exception()
         if error is not None:
             logger.error("the engine's dispatcher failed", exc_info=error)
-        _fail(self._queue.values(), error or UnavailableError("the engine is closing"))
+        fail(self._queue.values(), error or UnavailableError("the engine is closing"))
         self._queue.clear()
-
-
-def _fail(entries: Iterable[_Queued], error: BaseException) -> None:
-    """Every caller gets an exception of its own: one shared would collect all their tracebacks."""
-    for entry in entries:
-        if entry.answer.done():
-            continue
-        if isinstance(error, UnavailableError):
-            entry.answer.set_exception(UnavailableError(str(error)))
-        else:
-            entry.answer.set_exception(_engine_error(error))
-
-
-def _engine_error(error: BaseException) -> EngineError:
-    engine_error = EngineError(f"the model failed: {type(error).__name__}: {error}")
-    engine_error.__cause__ = error
-    return engine_error
