@@ -1,6 +1,7 @@
 """Between the engine's arrays and the loss's, nothing in Python grows with the number of tokens but arrays.
 
-Counted, not timed: calls and allocated blocks are the same for 16 tokens and for 1,600.
+Counted, not timed: calls are the same for 16 tokens and for 1,600, and allocated blocks nearly so: the interpreter's
+own caches make a few dozen come and go.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vopd_server.validation import check_scores
 
 VOCAB_SIZE, K, CONTEXT = 49_152, 100, 64
 FEW, MANY = 16, 1600  # tokens
+FEW_BLOCKS = (MANY - FEW) // 10  # one object for every ten tokens would be more
 ONE_CHUNK = 2**30
 SupportName = str
 
@@ -90,7 +92,7 @@ def journey(support: SupportName, float_type: FloatTypeName, num_tokens: int) ->
 
 
 def num_calls(work: Callable[[], Any]) -> int:
-    """Calls of Python and C functions while `work` runs."""
+    """Calls of Python and C functions while `work` runs, without the garbage collector's, which come when they like."""
     count = 0
 
     def counting(_frame: Any, event: str, _argument: Any) -> None:
@@ -98,11 +100,14 @@ def num_calls(work: Callable[[], Any]) -> int:
         count += event in ("call", "c_call")
 
     former = sys.getprofile()
+    gc.collect()
+    gc.disable()
     sys.setprofile(counting)
     try:
         work()
     finally:
         sys.setprofile(former)
+        gc.enable()
     return count
 
 
@@ -138,7 +143,7 @@ def test_a_hundred_times_the_tokens_are_the_same_calls_and_objects(
     few, many = (journey(support, float_type, num_tokens) for num_tokens in (FEW, MANY))
     few.whole()  # imports and caches
     assert num_calls(many.whole) == num_calls(few.whole)
-    assert abs(num_blocks(many.whole) - num_blocks(few.whole)) <= 8  # of thousands, were there one a token
+    assert abs(num_blocks(many.whole) - num_blocks(few.whole)) < FEW_BLOCKS
 
 
 @pytest.mark.parametrize("support", ["candidates", "teacher_top_k"])
