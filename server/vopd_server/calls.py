@@ -39,7 +39,7 @@ from vopd_server.version import SERVER_VERSION
 logger = logging.getLogger(__name__)
 
 HEAD_PIECE_BYTES = 2**20
-_QUIET_METHODS = ("GetInfo", "GetTokenizer")  # every handshake's; logged for debugging only
+_QUIET_METHODS = ("GetInfo", "GetTokenizer", "Models", "ModelInfo")  # every handshake's; logged for debugging only
 
 
 @dataclass

@@ -3,6 +3,7 @@
 TeacherError
 ├── InvalidRequestError      INVALID_ARGUMENT     422   (names the field)
 │   ├── BodyTooLargeError    INVALID_ARGUMENT     413   (HTTP only: gRPC refuses such a message by itself)
+│   ├── UnknownModelError    NOT_FOUND            404   (HTTP only: other trainers name the model they ask)
 │   └── MediaTypeError       INVALID_ARGUMENT     415   (HTTP only)
 ├── UnauthenticatedError     UNAUTHENTICATED      401
 ├── PermissionDeniedError    PERMISSION_DENIED    403
@@ -36,6 +37,10 @@ class InvalidRequestError(TeacherError, ValueError):
 
 class BodyTooLargeError(InvalidRequestError):
     """More bytes than a message may have."""
+
+
+class UnknownModelError(InvalidRequestError):
+    """A model is named that is not the one served here."""
 
 
 class MediaTypeError(InvalidRequestError):

@@ -21,12 +21,14 @@ from vopd_server.errors import (
     TeacherError,
     UnauthenticatedError,
     UnavailableError,
+    UnknownModelError,
     UnsupportedError,
 )
 
 STATUS_CODES: dict[type[TeacherError], StatusCode] = {
     InvalidRequestError: StatusCode.INVALID_ARGUMENT,
     BodyTooLargeError: StatusCode.INVALID_ARGUMENT,
+    UnknownModelError: StatusCode.NOT_FOUND,
     MediaTypeError: StatusCode.INVALID_ARGUMENT,
     UnauthenticatedError: StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: StatusCode.PERMISSION_DENIED,

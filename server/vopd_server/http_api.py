@@ -10,34 +10,26 @@ from fastapi import FastAPI, Request
 from google.protobuf.message import Message
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from vopd_proto import teacher_pb2 as pb
 from vopd_server.calls import Call, get_info, get_tokenizer, score
 from vopd_server.codec import parse
-from vopd_server.errors import (
-    BodyTooLargeError,
-    ClientGoneError,
-    DeadlineError,
-    MediaTypeError,
-)
+from vopd_server.compat.openapi import COMPAT_BODIES
+from vopd_server.compat.routes import add_compat
+from vopd_server.errors import MediaTypeError
 from vopd_server.http_call import Answer, CallResponse, whole_answer
 from vopd_server.http_errors import routing_error_response
 from vopd_server.http_head import head_answer
 from vopd_server.http_info import info_answer, tokenizer_answer
-from vopd_server.http_json import parse_score_body, score_answer
+from vopd_server.http_json import ScoreBody, parse_score_body, score_answer
 from vopd_server.http_openapi import GET_HEAD, GET_INFO, GET_TOKENIZER, HEALTHZ, READYZ, SCORE, describe
-from vopd_server.http_request import while_connected
+from vopd_server.http_request import JSON, MAX_JSON_BYTES, media_type_of, read_body, while_connected
 from vopd_server.service import TeacherService
 from vopd_server.version import SERVER_VERSION
 
-JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 Encoding = Literal["application/json", "application/x-protobuf"]
-# JSON is for people. Its numbers become Python objects, which take ten times the bytes. Of a request it bounds the
-# JSON itself, of an answer the protobuf that the JSON is made of.
-MAX_JSON_BYTES = 16 * 2**20
 
 
 def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
@@ -54,7 +46,8 @@ def make_http_app(service: TeacherService, *, body_timeout_s: float) -> FastAPI:
     app.get("/v1/tokenizer", **GET_TOKENIZER)(api.get_tokenizer)
     app.get("/v1/head", **GET_HEAD)(api.get_head)
     app.post("/v1/score", **SCORE)(api.score)
-    describe(app)
+    add_compat(app, service, body_timeout_s=body_timeout_s)
+    describe(app, ScoreBody, *COMPAT_BODIES)
     return app
 
 
@@ -102,7 +95,8 @@ class HttpApi:
         async def answer(request: Request, call: Call) -> Answer:
             encoding = _encoding_of(request)
             limit = self._service.limits.max_message_bytes
-            body = await self._read_body(request, min(limit, MAX_JSON_BYTES) if encoding == JSON else limit)
+            max_bytes = min(limit, MAX_JSON_BYTES) if encoding == JSON else limit
+            body = await read_body(request, max_bytes, timeout_s=self._body_timeout_s)
             self._service.metrics.bytes_moved(call.tenant.id, "http", "received", len(body))
             return await while_connected(request, self._score(call, body, encoding, _wants(request, default=encoding)))
 
@@ -121,34 +115,13 @@ class HttpApi:
     def _respond(self, method: str, answer: Callable[[Request, Call], Awaitable[Answer]]) -> CallResponse:
         return CallResponse(self._service, method, answer, unread_timeout_s=self._body_timeout_s)
 
-    async def _read_body(self, request: Request, max_bytes: int) -> bytes:
-        """Raises: BodyTooLargeError, at once where the length is declared; DeadlineError for one that does not end."""
-        declared = request.headers.get("content-length", "0")
-        body = bytearray()
-        num_bytes = int(declared) if declared.isdecimal() else 0
-        try:
-            async with asyncio.timeout(self._body_timeout_s):
-                chunks = request.stream()
-                while num_bytes <= max_bytes and (chunk := await anext(chunks, None)) is not None:
-                    body += chunk
-                    num_bytes = max(num_bytes, len(body))
-        except TimeoutError as error:
-            raise DeadlineError(f"the body did not arrive within {self._body_timeout_s:g} s") from error
-        except ClientDisconnect as error:
-            raise ClientGoneError("the client hung up in the middle of its body") from error
-        if num_bytes > max_bytes:
-            raise BodyTooLargeError("body", f"{num_bytes} bytes or more > {max_bytes}")
-        return bytes(body)
-
 
 # ---------------------------------------------------------------- headers
 
 
 def _encoding_of(request: Request) -> Encoding:
     """Raises: MediaTypeError for a content type, or an encoding on top of it, that is not spoken here."""
-    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
-        raise MediaTypeError("Content-Encoding", f"{coding!r}; bodies are not compressed")
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type == JSON:
         return "application/json"
     if media_type == PROTOBUF:

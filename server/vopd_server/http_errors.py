@@ -23,6 +23,7 @@ from vopd_server.errors import (
     TeacherError,
     UnauthenticatedError,
     UnavailableError,
+    UnknownModelError,
     UnsupportedError,
 )
 from vopd_server.grpc_errors import error_message, status_code
@@ -30,6 +31,7 @@ from vopd_server.grpc_errors import error_message, status_code
 HTTP_STATUSES: dict[type[TeacherError], int] = {
     InvalidRequestError: 422,
     BodyTooLargeError: 413,
+    UnknownModelError: 404,
     MediaTypeError: 415,
     UnauthenticatedError: 401,
     PermissionDeniedError: 403,

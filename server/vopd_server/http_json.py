@@ -73,7 +73,7 @@ def parse_score_body(body: bytes) -> pb.ScoreRequest:
     try:
         parsed = ScoreBody.model_validate_json(body)
     except ValidationError as error:
-        raise _invalid_body(error) from error
+        raise invalid_body(error, whole="ScoreRequest") from error
     try:
         return pb.ScoreRequest(
             request_id=parsed.request_id,
@@ -117,15 +117,15 @@ def _ids(values: Sequence[int]) -> pb.UIntArray:
     return pack_uints(np.asarray(values, np.int64))
 
 
-def _invalid_body(error: ValidationError) -> InvalidRequestError:
-    """`sequences[0].completion_ids[3]: Input should be a valid integer`."""
+def invalid_body(error: ValidationError, *, whole: str) -> InvalidRequestError:
+    """`sequences[0].completion_ids[3]: Input should be a valid integer`. whole: what a body is called as a whole."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     field = _path(problems[0]["loc"])
     told = [f"{_path(problem['loc'])}: {problem['msg']}".removeprefix(": ") for problem in problems]
     if len(told) > MAX_PROBLEMS_NAMED:
         told[MAX_PROBLEMS_NAMED:] = [f"and {len(told) - MAX_PROBLEMS_NAMED} more"]
     message = "; ".join(told)
-    return InvalidRequestError(field or "ScoreRequest", message.removeprefix(f"{field}: ") if field else message)
+    return InvalidRequestError(field or whole, message.removeprefix(f"{field}: ") if field else message)
 
 
 def _path(loc: Sequence[int | str]) -> str:

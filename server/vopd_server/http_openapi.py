@@ -6,15 +6,16 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from vopd_server.http_errors import ErrorBody
 from vopd_server.http_info import InfoAnswer, TokenizerAnswer
-from vopd_server.http_json import ScoreAnswer, ScoreBody
+from vopd_server.http_json import ScoreAnswer
 
 _PROTOBUF = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
-_TIMEOUT = {
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
+TIMEOUT = {
     "name": "Request-Timeout",
     "in": "header",
     "required": False,
@@ -23,12 +24,12 @@ _TIMEOUT = {
 }
 
 
-def _errors(**statuses: str) -> dict[int | str, dict[str, Any]]:
+def errors(**statuses: str) -> dict[int | str, dict[str, Any]]:
     """`_422="…"` for every status that may be answered with an ErrorBody."""
     return {int(status.lstrip("_")): {"model": ErrorBody, "description": about} for status, about in statuses.items()}
 
 
-_ANY_CALL = {
+ANY_CALL = {
     "_401": "No API key, or one that is not valid.",
     "_422": "The request can never be answered; `field` names what is wrong.",
     "_429": "Too many calls of this tenant, or over its queue bound; try again after `retry_delay_s`.",
@@ -41,15 +42,15 @@ GET_INFO: dict[str, Any] = {
     "operation_id": "GetInfo",
     "summary": "What this teacher is and what it can do.",
     "response_model": InfoAnswer,
-    "responses": {200: {"content": _PROTOBUF, "description": "Ready."}, **_errors(**_ANY_CALL)},
-    "openapi_extra": {"parameters": [_TIMEOUT]},
+    "responses": {200: {"content": _PROTOBUF, "description": "Ready."}, **errors(**ANY_CALL)},
+    "openapi_extra": {"parameters": [TIMEOUT]},
 }
 GET_TOKENIZER: dict[str, Any] = {
     "operation_id": "GetTokenizer",
     "summary": "The whole id -> token table, and the tokenizer itself where it serialises.",
     "response_model": TokenizerAnswer,
-    "responses": {200: {"content": _PROTOBUF, "description": "The table."}, **_errors(**_ANY_CALL)},
-    "openapi_extra": {"parameters": [_TIMEOUT]},
+    "responses": {200: {"content": _PROTOBUF, "description": "The table."}, **errors(**ANY_CALL)},
+    "openapi_extra": {"parameters": [TIMEOUT]},
 }
 GET_HEAD: dict[str, Any] = {
     "operation_id": "GetHead",
@@ -68,11 +69,11 @@ GET_HEAD: dict[str, Any] = {
             },
         },
         304: {"description": "The file is the one that If-None-Match names."},
-        **_errors(_409="This teacher does not give its head away; the message names what it can.", **_ANY_CALL),
+        **errors(_409="This teacher does not give its head away; the message names what it can.", **ANY_CALL),
     },
     "openapi_extra": {
         "parameters": [
-            _TIMEOUT,
+            TIMEOUT,
             {
                 "name": "If-None-Match",
                 "in": "header",
@@ -89,15 +90,15 @@ SCORE: dict[str, Any] = {
     "response_model": ScoreAnswer,
     "responses": {
         200: {"content": _PROTOBUF, "description": "The scores."},
-        **_errors(
+        **errors(
             _409="This engine cannot do it; the message names what it can.",
             _413="The body has too many bytes.",
             _415="The body is neither JSON nor protobuf.",
-            **_ANY_CALL,
+            **ANY_CALL,
         ),
     },
     "openapi_extra": {
-        "parameters": [_TIMEOUT],
+        "parameters": [TIMEOUT],
         "requestBody": {
             "required": True,
             "description": "The same message either way; see teacher.proto for the protobuf one.",
@@ -111,27 +112,28 @@ SCORE: dict[str, Any] = {
 HEALTHZ: dict[str, Any] = {
     "summary": "The process lives.",
     "response_model": None,
-    "responses": {200: {"content": _TEXT, "description": "It does."}},
+    "responses": {200: {"content": TEXT, "description": "It does."}},
 }
 READYZ: dict[str, Any] = {
     "summary": "Requests are answered.",
     "response_model": None,
     "responses": {
-        200: {"content": _TEXT, "description": "They are."},
-        503: {"content": _TEXT, "description": "The state that the teacher is in instead."},
+        200: {"content": TEXT, "description": "They are."},
+        503: {"content": TEXT, "description": "The state that the teacher is in instead."},
     },
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Puts the schemas of the request body where the routes refer to them."""
+def describe(app: FastAPI, *bodies: type[BaseModel]) -> None:
+    """Puts the schemas of request bodies where the routes refer to them."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            body = ScoreBody.model_json_schema(ref_template="#/components/schemas/{model}")
-            definitions = body.pop("$defs", {})
-            schema["components"]["schemas"].update({"ScoreBody": body, **definitions})
+            for body_type in bodies:
+                body = body_type.model_json_schema(ref_template="#/components/schemas/{model}")
+                definitions = body.pop("$defs", {})
+                schema["components"]["schemas"].update({body_type.__name__: body, **definitions})
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from fake_engine import FakeEngine, until
 from fake_server import fake_teacher
 from vopd_server.config import ServerConfig
 from vopd_server.errors import ConfigError
+from vopd_server.http_listener import bind
 from vopd_server.lifecycle import TeacherServer
 from wire_client import Question, RefusedError, WireClient, connect, refusal_of_response
 
@@ -61,6 +63,19 @@ async def test_readiness_follows_the_engine_and_liveness_does_not() -> None:
             assert await draining
     finally:
         await server.close()
+
+
+async def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_own_head() -> None:
+    """On a connection that is kept, every answer would: 40 ms each."""
+    listening = bind("127.0.0.1", 0)
+    serving = await asyncio.start_server(lambda _reader, writer: accepted.set_result(writer), sock=listening)
+    accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+    async with serving:
+        _, client = await asyncio.open_connection(*listening.getsockname())
+        writer = await accepted
+        assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+        client.close()
+        writer.close()
 
 
 async def test_the_admin_listener_has_the_metrics_and_clients_do_not() -> None:
