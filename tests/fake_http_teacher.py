@@ -20,7 +20,6 @@ import h11
 from fake_teacher import FakeTeacher, Refusal, Script
 from vopd_proto import MAX_MESSAGE_BYTES
 from vopd_proto import teacher_pb2 as pb
-from vopd_proto.arrays import unpack_uints
 
 STATUS_OF_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: 422,
@@ -117,6 +116,7 @@ class FakeHttpTeacher(FakeTeacher):
     async def stop(self) -> None:
         if self._listener is not None:
             self._listener.close()
+            await asyncio.sleep(0.01)  # what was accepted just now is not among the connections yet
             connections = list(self._connections)
             self.drop_connections()
             for connection in connections:
@@ -213,6 +213,8 @@ class FakeHttpTeacher(FakeTeacher):
         if len(body) > self._max_message_bytes:
             return error_reply(Refusal(grpc.StatusCode.INVALID_ARGUMENT, "body: larger than max"))
         request = pb.ScoreRequest.FromString(body)
+        if request.request_id == "golden":
+            return Reply((await self.answer_probe(request)).SerializeToString())
         self.record.bytes_in += len(body)
         self.record.score_requests.append(request)
         self.record.num_sequences += len(request.sequences)
@@ -241,13 +243,7 @@ class FakeHttpTeacher(FakeTeacher):
         if self.script.answer_nothing:
             await asyncio.Event().wait()
         await self._hold()
-        contexts = [unpack_uints(ids) for ids in request.contexts]
-        answer = pb.ScoreResponse(
-            request_id=request.request_id,
-            model_revision=self.script.model_revision,
-            scores=[self._answer(s, contexts[s.context_index], request.temperature) for s in request.sequences],
-        )
-        body = answer.SerializeToString()
+        body = self.answers(request).SerializeToString()
         if self._answers_left == 0:
             return Reply(body, cut_after=len(body) // 2, cut_all=True)
         self._answers_left = None if self._answers_left is None else self._answers_left - 1

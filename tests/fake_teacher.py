@@ -119,6 +119,7 @@ class Record:
     metadata: list[dict[str, str]] = field(default_factory=list)
     num_info_calls: int = 0
     num_head_calls: int = 0
+    num_probes: int = 0  # of whether replicas agree; counted nowhere else
     score_requests: list[pb.ScoreRequest] = field(default_factory=list)
     streams: list[list[pb.ScoreStreamRequest]] = field(default_factory=list)
     max_outstanding: int = 0
@@ -249,6 +250,8 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
         return len(self.script.head) if announced is None else announced
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        if request.request_id == "golden":
+            return await self.answer_probe(request)
         self.record.score_requests.append(request)
         self.record.num_sequences += len(request.sequences)
         self.record.bytes_in += request.ByteSize()
@@ -257,13 +260,20 @@ class FakeTeacher(teacher_pb2_grpc.TeacherServicer):
             await self.script.refuse_score.popleft().abort(context)
         if self.script.answer_nothing:
             await asyncio.Event().wait()
-        contexts = [unpack_uints(ids) for ids in request.contexts]
-        scores = [self._answer(s, contexts[s.context_index], request.temperature) for s in request.sequences]
-        response = pb.ScoreResponse(
-            request_id=request.request_id, model_revision=self.script.model_revision, scores=scores
-        )
+        response = self.answers(request)
         self.record.bytes_out += response.ByteSize()
         return response
+
+    async def answer_probe(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
+        self.record.num_probes += 1
+        if self.script.answer_nothing:
+            await asyncio.Event().wait()
+        return self.answers(request)
+
+    def answers(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
+        contexts = [unpack_uints(ids) for ids in request.contexts]
+        scores = [self._answer(s, contexts[s.context_index], request.temperature) for s in request.sequences]
+        return pb.ScoreResponse(request_id=request.request_id, model_revision=self.script.model_revision, scores=scores)
 
     async def ScoreStream(self, requests: AsyncIterator[pb.ScoreStreamRequest], context: Any) -> None:
         messages: list[pb.ScoreStreamRequest] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vopd_client.scored_text import Alternative, ScoredText, ScoredToken, score_text
-from vopd_client.teacher import RemoteTeacher
+from vopd_client.teacher import RemoteTeacher, ReplicaUse
 from vopd_client.types import SupportKind, TeacherInfo
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def show_info(config: InfoConfig, console: Console | None = None) -> None:
     """Prints what the teacher at `config.teacher_url` says of itself. Raises: VopdError."""
     console = console or _console()
     with _connected(config, console, temperature=1.0) as teacher:
-        console.print(render_info(teacher.info, ", ".join(config.teacher_url)))
+        console.print(render_info(teacher.info, ", ".join(config.teacher_url), teacher.replicas))
 
 
 def show_scores(config: ScoreConfig, console: Console | None = None) -> None:
@@ -76,13 +76,15 @@ def _connected(config: TeacherConfig, console: Console, *, temperature: float) -
 # ---------------------------------------------------------------- info
 
 
-def render_info(info: TeacherInfo, where: str) -> RenderableType:
-    """A panel of what matters to somebody who wants to train against this teacher."""
+def render_info(info: TeacherInfo, where: str, replicas: Sequence[ReplicaUse] = ()) -> RenderableType:
+    """A panel of what matters to somebody who wants to train against this teacher. replicas: shown if several."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in _info_rows(info):
         table.add_row(name, Text(value))
+    if len(replicas) > 1:
+        table.add_row("replicas", Text("\n".join(map(_replica_line, replicas))))
     title = Text.assemble("teacher ", (info.model_id, "bold cyan"), f" at {where}")
     return Panel(table, title=title, title_align="left", box=ROUNDED, expand=False)
 
@@ -106,6 +108,10 @@ def _info_rows(info: TeacherInfo) -> list[tuple[str, str]]:
         ("a request", f"{info.max_sequences_per_request:,} sequences, {info.max_tokens_per_request:,} tokens"),
         ("server", info.server_version),
     ]
+
+
+def _replica_line(replica: ReplicaUse) -> str:
+    return f"{replica.url}  " + (f"missing: {replica.missing}" if replica.missing else "connected, and scores alike")
 
 
 def _whole_vocabulary(info: TeacherInfo) -> str:

@@ -138,6 +138,15 @@ def test_info_shows_what_matters(server: RunningTeacher):
     assert "not given away (vopd-server serve --allow-full-vocab" in text
 
 
+def test_info_shows_which_replicas_are_there(server: RunningTeacher):
+    terminal, screen = console()
+    show_info(InfoConfig(teacher_url=[server.url, "grpc://127.0.0.1:1", server.http_url]), terminal)
+    text = screen.getvalue()
+    assert "grpc://127.0.0.1:1  missing: connection refused" in text
+    assert f"{server.url}  connected, and scores alike" in text
+    assert f"{server.http_url}  connected, and scores alike" in text
+
+
 def test_info_shows_that_the_head_is_offered(tiny_model_dir: Path):
     terminal, screen = console()
     with start_teacher(tiny_model_dir, "--allow-full-vocab") as running:

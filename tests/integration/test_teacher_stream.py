@@ -12,14 +12,12 @@ from asking import FakeTime, assert_answers, connected_to, sequence, until
 from fake_teacher import FakeTeacher, Refusal, Script
 from vopd_client.errors import (
     AlignmentError,
-    HandshakeError,
     NonFiniteError,
     TeacherInternalError,
     TeacherPermissionError,
     TeacherRequestError,
     TeacherUnavailableError,
 )
-from vopd_client.teacher import TeacherClient
 from vopd_client.teacher.patience import Timing
 from vopd_client.types import Candidates, SequenceScores, SequenceToScore
 from vopd_proto import teacher_pb2 as pb
@@ -110,18 +108,6 @@ async def test_a_refused_sequence_is_sent_again_after_the_delay_on_the_same_stre
         assert [3.0 <= slept <= 3.75 for slept in time.slept_s] == [True, True]
 
 
-async def test_a_draining_replica_is_left_for_the_next_one(teacher_type):
-    async with teacher_type() as leaving, teacher_type() as staying:
-        async with TeacherClient([leaving.url, staying.url], timing=FakeTime().timing) as client:
-            leaving.script.refuse_sequence.extend([UNAVAILABLE] * 100)
-            async with client.open_stream() as stream:
-                scores = await asyncio.gather(*(stream.submit(sequence(index)) for index in range(50)))
-        for index, answer in enumerate(scores):
-            assert_answers(answer, sequence(index))
-        assert len(staying.record.sequences(0)) == 50
-        assert staying.record.num_info_calls == 1  # the handshake comes first
-
-
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
 async def test_a_refused_stream_is_opened_again_after_the_delay(code):
     time = FakeTime()
@@ -177,35 +163,6 @@ async def test_a_teacher_that_is_restarted_in_the_middle_costs_nothing_but_the_w
         assert num_answered < 100
         assert len(teacher.record.sequences(-1)) == 100 - num_answered
         assert client.waiting_reason == ""
-
-
-async def test_another_replica_takes_over_what_is_unanswered(teacher_type):
-    async with (
-        teacher_type(Script(hold_answers_until=1000)) as first,
-        teacher_type() as second,
-        TeacherClient([first.url, second.url]) as client,
-        client.open_stream() as stream,
-    ):
-        tasks = [asyncio.create_task(stream.submit(sequence(index))) for index in range(10)]
-        await until(lambda: first.record.streams and len(first.record.sequences(0)) == 10)
-        await first.stop()
-        for index, scores in enumerate(await asyncio.gather(*tasks)):
-            assert_answers(scores, sequence(index))
-        assert len(second.record.sequences(0)) == 10
-
-
-async def test_a_replica_with_other_weights_is_refused(teacher_type):
-    other = Script(model_revision="revision-2")
-    async with teacher_type(Script(hold_answers_until=9)) as first, teacher_type(other) as second:
-        async with TeacherClient([first.url, second.url]) as client, client.open_stream() as stream:
-            task = asyncio.create_task(stream.submit(sequence()))
-            await until(lambda: first.record.streams and first.record.sequences(0))
-            await first.stop()
-            with pytest.raises(HandshakeError, match="revision 'revision-1' -> 'revision-2'"):
-                await task
-            with pytest.raises(HandshakeError):
-                await stream.submit(sequence())
-        assert second.record.streams == []
 
 
 async def test_an_idle_stream_survives_a_restart(connected):

@@ -390,8 +390,8 @@ def test_an_abandoned_sequence_is_not_sent_or_keeps_its_place_until_it_is_answer
     for each in (first, second, third):
         outbox.add(each)
     assert sent(outbox) == ["c0", "a"]
-    outbox.abandon(second)
-    outbox.abandon(first)
+    outbox.abandon(second.sequence_id)
+    outbox.abandon(first.sequence_id)
     assert sent(outbox) == []
     outbox.receive(chunk("a"))
     assert sent(outbox) == ["c"]
@@ -403,7 +403,7 @@ def test_an_abandoned_sequence_is_not_sent_again():
     outbox.add(first)
     outbox.add(entry("b"))
     sent(outbox)
-    outbox.abandon(first)
+    outbox.abandon(first.sequence_id)
     outbox.connection_lost()
     assert sent(outbox) == ["c0", "b"]
 
@@ -432,6 +432,24 @@ def test_a_leaving_replica_finishes_what_it_has_and_gets_no_more():
     assert outbox.is_drained
     outbox.connection_lost()
     assert sent(outbox) == ["c0", "b"]
+
+
+def test_what_is_not_sent_or_not_answered_can_go_to_another_replica():
+    outbox, other = Outbox(window=2), Outbox(window=9)
+    for name in "abcd":
+        outbox.add(entry(name))
+    sent(outbox)
+    outbox.receive(chunk("a", num_rows=2, is_last=False))
+    assert not outbox.abandon("a")
+    assert [each.sequence_id for each in outbox.unanswered] == ["b", "c", "d"]
+    assert [each.sequence_id for each in outbox.take_waiting()] == ["c", "d"]
+    outbox.connection_lost()
+    [taken] = outbox.take_waiting()
+    assert not outbox.owes_answers
+    for each in (entry("x", context=[7]), taken.copy()):
+        other.add(each)
+    assert sent(other) == ["c0", "x", "c1", "b"]
+    assert taken.message.context_index == 0  # a copy's travels with the copy
 
 
 @pytest.mark.parametrize("support", [TeacherTopK(100), HiddenStates()])

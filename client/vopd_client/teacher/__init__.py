@@ -2,6 +2,7 @@
 
 from vopd_client.teacher.blocking import RemoteTeacher
 from vopd_client.teacher.client import TeacherClient
+from vopd_client.teacher.replica import ReplicaUse
 from vopd_client.teacher.stream import ScoreStream
 
-__all__ = ["RemoteTeacher", "ScoreStream", "TeacherClient"]
+__all__ = ["RemoteTeacher", "ReplicaUse", "ScoreStream", "TeacherClient"]

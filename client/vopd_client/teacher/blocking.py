@@ -11,6 +11,7 @@ from vopd_client.teacher.client import TeacherClient
 from vopd_client.teacher.codec import FloatTypeName
 from vopd_client.teacher.loop_thread import LoopThread
 from vopd_client.teacher.patience import Timing
+from vopd_client.teacher.replica import ReplicaUse
 from vopd_client.teacher.stream import ScoreStream
 from vopd_client.types import SequenceScores, SequenceToScore, TeacherInfo
 
@@ -76,22 +77,32 @@ class RemoteTeacher:
 
     @property
     def info(self) -> TeacherInfo:
+        """As `TeacherClient.info`."""
         return self._client.info
 
     @property
     def bytes_sent(self) -> int:
+        """As `TeacherClient.bytes_sent`."""
         return self._client.bytes_sent
 
     @property
     def bytes_received(self) -> int:
+        """As `TeacherClient.bytes_received`."""
         return self._client.bytes_received
 
     @property
     def head_bytes_received(self) -> int:
+        """As `TeacherClient.head_bytes_received`."""
         return self._client.head_bytes_received
 
     @property
+    def replicas(self) -> tuple[ReplicaUse, ...]:
+        """What each replica has done so far, in the order of their URLs."""
+        return self._client.replicas
+
+    @property
     def waiting_reason(self) -> str:
+        """As `TeacherClient.waiting_reason`."""
         return self._client.waiting_reason
 
     def submit(self, sequence: SequenceToScore) -> Future[SequenceScores]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,13 @@ from vopd_client.errors import AlignmentError, HandshakeError, TeacherUnavailabl
 from vopd_client.handshake import check_revision
 from vopd_client.teacher.channel import Address, check_key_may_travel, parse_urls, read_tls_roots
 from vopd_client.teacher.codec import FLOAT_TYPES, FloatTypeName, decode_scores
-from vopd_client.teacher.connector import Connection, Connector
 from vopd_client.teacher.grpc_transport import GrpcTransport
 from vopd_client.teacher.head_cache import HeadCache
 from vopd_client.teacher.head_download import HeadDownload, require_head
 from vopd_client.teacher.http_transport import HttpTransport
 from vopd_client.teacher.patience import Patience, Timing
+from vopd_client.teacher.replica import Connection, ReplicaUse
+from vopd_client.teacher.replicas import Replicas
 from vopd_client.teacher.requests import RequestLimits, plan_requests, score_request
 from vopd_client.teacher.stream import ScoreStream
 from vopd_client.teacher.transport import CallFailed, Traffic, Transport
@@ -31,7 +32,7 @@ from vopd_proto.fingerprint import tokenizer_fingerprint
 
 Response = TypeVar("Response")
 
-MAX_CONCURRENT_REQUESTS = 4
+MAX_CONCURRENT_REQUESTS = 4  # of one `score`, a replica
 
 
 class TeacherClient:
@@ -58,8 +59,8 @@ class TeacherClient:
         """Checks the settings; `connect` is what reaches out.
 
         urls: `grpc://host:port` or `http://host[:port]`, over TLS `grpcs://` or `https://`; several are replicas of
-            one teacher, and need not speak the same.
-        window: sequences of a stream that are sent and not yet answered, at most.
+            one teacher, which share the work, and need not speak the same.
+        window: sequences of a stream that are sent and not yet answered, at most, of all replicas together.
         expected_fingerprint, expected_revision: tokenizer and weights to insist on from the first connection.
 
         Raises: ConfigError.
@@ -67,19 +68,19 @@ class TeacherClient:
         addresses = parse_urls(urls)
         if api_key is not None:
             check_key_may_travel(addresses, plaintext=plaintext)
-        self._connector = Connector(
+        self._timing = timing or Timing()
+        self._replicas = Replicas(
             addresses,
             open_transport=self._open_transport,
             expected_fingerprint=expected_fingerprint,
             expected_revision=expected_revision,
+            timing=self._timing,
         )
         self._api_key = api_key
         self._tls_roots = read_tls_roots(tls_ca_file)
         self._timeout_s = timeout_s
         self._window = window
         self._float_type = FLOAT_TYPES[float_type]
-        self._timing = timing or Timing()
-        self._traffic = Traffic()
         self._sequence_ids = itertools.count()
         self._streams: list[ScoreStream] = []
         self._waiting: list[Patience] = []
@@ -88,28 +89,34 @@ class TeacherClient:
     @property
     def info(self) -> TeacherInfo:
         """What the teacher said of itself at the first handshake."""
-        assert self._connector.pinned is not None, "connect() comes first"
-        return self._connector.pinned
+        assert self._replicas.pinned is not None, "connect() comes first"
+        return self._replicas.pinned
+
+    @property
+    def replicas(self) -> tuple[ReplicaUse, ...]:
+        """What each replica has done so far, in the order of their URLs."""
+        return tuple(replica.use for replica in self._replicas.all)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of score requests, resent ones included: gRPC's messages, HTTP's bodies."""
-        return self._traffic.bytes_sent
+        return sum(replica.traffic.bytes_sent for replica in self._replicas.all)
 
     @property
     def bytes_received(self) -> int:
         """Bytes of their answers."""
-        return self._traffic.bytes_received
+        return sum(replica.traffic.bytes_received for replica in self._replicas.all)
 
     @property
     def head_bytes_received(self) -> int:
         """Bytes of the output head, broken downloads included."""
-        return self._traffic.head_bytes_received
+        return sum(replica.traffic.head_bytes_received for replica in self._replicas.all)
 
     @property
     def waiting_reason(self) -> str:
         """Why answers are late, for people to read; empty while all is well."""
-        return next((reason for patience in tuple(self._waiting) if (reason := patience.waiting_reason)), "")
+        waiting: list[Patience | ScoreStream] = [*self._waiting, *self._streams]
+        return next((reason for each in waiting if (reason := each.waiting_reason)), "")
 
     async def __aenter__(self) -> TeacherClient:
         try:
@@ -123,15 +130,14 @@ class TeacherClient:
         await self.close()
 
     async def connect(self) -> TeacherInfo:
-        """Reaches the first replica that answers, waiting for one if need be.
+        """Reaches the first replica that answers, waiting for one if need be, and those others that are there.
+
+        One that is not joins later, and `replicas` says why.
 
         Raises: HandshakeError, TeacherPermissionError, TeacherUnavailableError.
         """
-
-        async def handshake(connection: Connection) -> TeacherInfo:
-            return connection.info
-
-        return await self._call(handshake)
+        with self._patience() as patience:
+            return await self._until_progress(lambda: self._replicas.connect(patience), patience)
 
     async def tokenizer(self) -> tuple[list[bytes], str]:
         """The id -> token table and the tokenizer's JSON (empty when it has none).
@@ -163,7 +169,7 @@ class TeacherClient:
         if (found := await asyncio.to_thread(cache.find, sha256)) is not None:
             return found
         with self._patience() as patience:
-            download = HeadDownload(cache, sha256, patience=patience, traffic=self._traffic)
+            download = HeadDownload(cache, sha256, patience=patience)
             return await self._try_until_answered(download.attempt, patience)
 
     async def score(self, sequences: Sequence[SequenceToScore], *, temperature: float = 1.0) -> list[SequenceScores]:
@@ -175,7 +181,7 @@ class TeacherClient:
         limits = RequestLimits(
             self.info.max_sequences_per_request,
             self.info.max_tokens_per_request,
-            self._connector.max_message_bytes,
+            self._replicas.max_message_bytes,
             self.info.hidden_size,
         )
         plan = plan_requests(sequences, limits)
@@ -189,7 +195,7 @@ class TeacherClient:
             )
             for indices in plan
         ]
-        slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+        slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS * len(self._replicas.all))
         with self._patience() as patience:
             tasks = [
                 asyncio.create_task(self._score_one_request(request, [sequences[i] for i in indices], slots, patience))
@@ -205,10 +211,9 @@ class TeacherClient:
 
     def open_stream(self, *, temperature: float = 1.0) -> ScoreStream:
         """A stream at one temperature; it connects with the first `submit`."""
-        patience = Patience(self._timeout_s, self._timing)
         stream = ScoreStream(
-            self._connector,
-            patience,
+            self._replicas,
+            self._new_patience(),
             settings=pb.StreamSettings(
                 request_id=uuid.uuid4().hex, temperature=temperature, float_type=self._float_type
             ),
@@ -216,8 +221,8 @@ class TeacherClient:
             # A teacher that takes a request of so many tokens holds as many for a stream.
             max_context_tokens=self.info.max_tokens_per_request,
             sequence_ids=self._sequence_ids,
+            timing=self._timing,
         )
-        self._waiting.append(patience)
         self._streams.append(stream)
         return stream
 
@@ -226,16 +231,16 @@ class TeacherClient:
         self._closed = True
         for stream in self._streams:
             await stream.close()
-        await self._connector.close()
+        await self._replicas.close()
 
-    def _open_transport(self, address: Address) -> Transport:
+    def _open_transport(self, address: Address, traffic: Traffic) -> Transport:
         if not address.speaks_http:
-            return GrpcTransport(address, api_key=self._api_key, tls_roots=self._tls_roots, traffic=self._traffic)
+            return GrpcTransport(address, api_key=self._api_key, tls_roots=self._tls_roots, traffic=traffic)
         return HttpTransport(
             address,
             api_key=self._api_key,
             tls_roots=self._tls_roots,
-            traffic=self._traffic,
+            traffic=traffic,
             max_connections=self._window + MAX_CONCURRENT_REQUESTS,
         )
 
@@ -249,7 +254,9 @@ class TeacherClient:
         patience: Patience,
     ) -> list[SequenceScores]:
         async def score(connection: Connection) -> pb.ScoreResponse:
-            return await connection.transport.score(request)
+            answer = await connection.transport.score(request)
+            connection.replica.answered(sequences)
+            return answer
 
         async with slots:
             response = await self._try_until_answered(score, patience)
@@ -270,9 +277,14 @@ class TeacherClient:
         self, call: Callable[[Connection], Awaitable[Response]], patience: Patience
     ) -> Response:
         """The answer to a call, tried again where that can help."""
+        return await self._until_progress(lambda: self._attempts(call, patience), patience)
+
+    async def _until_progress(
+        self, work: Callable[[], Coroutine[object, object, Response]], patience: Patience
+    ) -> Response:
         patience.clock.begin()
         try:
-            response = await patience.run(lambda: self._attempts(call, patience))
+            response = await patience.run(work)
         finally:
             patience.clock.end()
         patience.progressed()
@@ -280,7 +292,7 @@ class TeacherClient:
 
     async def _attempts(self, call: Callable[[Connection], Awaitable[Response]], patience: Patience) -> Response:
         while True:
-            async with self._connector.connection(patience) as connection:
+            async with self._replicas.connection(patience) as connection:
                 try:
                     return await call(connection)
                 except CallFailed as error:
@@ -290,12 +302,15 @@ class TeacherClient:
                     if not failure.is_retryable:
                         raise failure.to_error() from error
                     if failure.code is grpc.StatusCode.UNAVAILABLE:
-                        self._connector.retire(connection)
-            await patience.back_off(failure, cause, num_replicas=len(self._connector.addresses))
+                        self._replicas.retire(connection, failure)
+            await patience.back_off(failure, cause, num_replicas=len(self._replicas.all))
+
+    def _new_patience(self) -> Patience:
+        return Patience(self._timeout_s, self._timing, also=lambda: self._replicas.missing)
 
     @contextmanager
     def _patience(self) -> Iterator[Patience]:
-        patience = Patience(self._timeout_s, self._timing)
+        patience = self._new_patience()
         self._waiting.append(patience)
         try:
             yield patience

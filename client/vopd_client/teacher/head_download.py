@@ -7,10 +7,10 @@ from contextlib import aclosing
 from pathlib import Path
 
 from vopd_client.errors import HandshakeError, TeacherUnavailableError, TeacherUnsupportedError
-from vopd_client.teacher.connector import Connection
 from vopd_client.teacher.head_cache import HeadCache, IncomingHead
 from vopd_client.teacher.patience import Patience
-from vopd_client.teacher.transport import CallFailed, Traffic
+from vopd_client.teacher.replica import Connection
+from vopd_client.teacher.transport import CallFailed
 from vopd_client.types import TeacherInfo
 
 # Every piece is progress, so no time-out ends a download that breaks again and again: this does.
@@ -31,11 +31,10 @@ def require_head(info: TeacherInfo) -> str:
 class HeadDownload:
     """One head, from the start again with every `attempt`."""
 
-    def __init__(self, cache: HeadCache, sha256: str, *, patience: Patience, traffic: Traffic) -> None:
+    def __init__(self, cache: HeadCache, sha256: str, *, patience: Patience) -> None:
         self._cache = cache
         self._sha256 = sha256
         self._patience = patience
-        self._traffic = traffic
         self._num_broken = 0
 
     async def attempt(self, connection: Connection) -> Path:
@@ -57,7 +56,7 @@ class HeadDownload:
         async with aclosing(connection.transport.get_head()) as pieces:
             async for piece in pieces:
                 self._patience.progressed()
-                self._traffic.head_bytes_received += len(piece.data)
+                connection.replica.traffic.head_bytes_received += len(piece.data)
                 announced_bytes = announced_bytes or piece.num_bytes
                 await asyncio.to_thread(incoming.write, piece.data)
                 if incoming.num_bytes > (announced_bytes or incoming.num_bytes):
@@ -65,7 +64,7 @@ class HeadDownload:
         if announced_bytes not in (0, incoming.num_bytes):
             sent = "more" if incoming.num_bytes > announced_bytes else str(incoming.num_bytes)
             raise HandshakeError(
-                f"{connection.address.url} announced an output head of {announced_bytes} bytes and sent {sent}"
+                f"{connection.url} announced an output head of {announced_bytes} bytes and sent {sent}"
             )
 
     def _note_broken(self, error: CallFailed, incoming: IncomingHead) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from vopd_client.errors import AlignmentError, TeacherInternalError
+from vopd_client.teacher.balance import Job
 from vopd_client.types import SequenceToScore
 from vopd_proto import teacher_pb2 as pb
 
@@ -85,6 +86,16 @@ class Entry:
     def context_key(self) -> bytes:
         return hashlib.sha256(self.context.SerializeToString()).digest()
 
+    @property
+    def job(self) -> Job:
+        return Job(self.sequence_id, self.context_key, self.num_context_tokens, len(self.sequence.completion_ids))
+
+    def copy(self) -> Entry:
+        """The same question for another replica, with an answer of its own to come."""
+        message = pb.Sequence()
+        message.CopyFrom(self.message)
+        return Entry(self.sequence_id, self.sequence, message, self.context)
+
 
 class Outbox:
     """Sequences waiting to be sent and sequences sent, at most `window` of the latter.
@@ -110,11 +121,33 @@ class Outbox:
     def add(self, entry: Entry) -> None:
         self._waiting.append(entry)
 
-    def abandon(self, entry: Entry) -> None:
-        """Nobody waits for it any more. The wire has no way to say so: if sent, it keeps its place in the window."""
-        entry.abandoned = True
-        if entry.sequence_id not in self._in_flight and entry in self._waiting:
-            self._waiting.remove(entry)
+    def abandon(self, sequence_id: str) -> bool:
+        """Nobody waits for it any more. The wire has no way to say so: if sent, it keeps its place in the window.
+
+        Returns: whether it had not been sent, and is gone.
+        """
+        if (sent := self._in_flight.get(sequence_id)) is not None:
+            sent.abandoned = True
+            return False
+        waiting = next(entry for entry in self._waiting if entry.sequence_id == sequence_id)
+        self._waiting.remove(waiting)
+        return True
+
+    @property
+    def owes_answers(self) -> bool:
+        """Somebody waits for something that it has."""
+        return bool(self._waiting) or any(not entry.abandoned for entry in self._in_flight.values())
+
+    @property
+    def unanswered(self) -> list[Entry]:
+        """In the order of their sending, without those that are abandoned."""
+        return [entry for entry in (*self._in_flight.values(), *self._waiting) if not entry.abandoned]
+
+    def take_waiting(self) -> list[Entry]:
+        """Gives back what is not sent."""
+        taken = list(self._waiting)
+        self._waiting.clear()
+        return taken
 
     def next_messages(self) -> list[pb.ScoreStreamRequest]:
         """What to send next: released contexts, then one sequence with its context if that is new."""

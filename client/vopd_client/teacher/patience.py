@@ -30,13 +30,29 @@ class Timing:
 class Patience:
     """One piece of work's time-out by progress, its failed attempts, and what to tell people meanwhile."""
 
-    def __init__(self, timeout_s: float, timing: Timing) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        timing: Timing,
+        *,
+        who: str = "teacher",
+        also: Callable[[], str] = lambda: "",
+    ) -> None:
+        """who: is waited for. also: another reason that there may be, where this has none of its own."""
         self.clock = ProgressClock(timeout_s, timing.now)
         self._timing = timing
+        self._who = who
+        self._also = also
         self._failed_attempts = 0
         self._failure: Failure | None = None
         self._told = ""
         self._retry_at_s = 0.0
+
+    def beside(self, who: str) -> Patience:
+        """For a part of the work: attempts of its own, and the whole's time-out, for which any progress counts."""
+        part = Patience(self.clock.timeout_s, self._timing, who=who)
+        part.clock = self.clock
+        return part
 
     def progressed(self) -> None:
         """An answer arrived: the clock and the back-off start over."""
@@ -57,11 +73,12 @@ class Patience:
             return ""
         waited = f"{self.clock.waited_s:.0f} of {self.clock.timeout_s:.0f} s"
         if self._failure is None:
-            return f"teacher busy: {self._told} ({waited})" if self._told else ""
-        who = "busy" if self._failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED else "unavailable"
+            reason = f"{self._who} busy: {self._told}" if self._told else self._also()
+            return f"{reason} ({waited})" if reason else ""
+        state = "busy" if self._failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED else "unavailable"
         delay_s = self._retry_at_s - self._timing.now()
         then = f"retrying in {delay_s:.0f} s" if delay_s >= 0.5 else "retrying"
-        return f"teacher {who}: {self._failure.reason}, {then} ({waited})"
+        return f"{self._who} {state}: {self._failure.reason}, {then} ({waited})"
 
     async def back_off(self, failure: Failure, cause: BaseException | None, *, num_replicas: int = 1) -> None:
         """Waits before the next attempt. Another replica, not tried since the last answer, is tried at once.
@@ -97,5 +114,6 @@ class Patience:
                 await asyncio.gather(task, return_exceptions=True)
 
     def _gone(self) -> TeacherUnavailableError:
-        last = f"; last: {self._failure.reason}" if self._failure else ""
+        reason = self._failure.reason if self._failure else self._also()
+        last = f"; last: {reason}" if reason else ""
         return TeacherUnavailableError(f"no progress of the teacher for {self.clock.timeout_s:g} s{last}")

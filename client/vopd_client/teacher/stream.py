@@ -1,55 +1,88 @@
-"""Scores over one stream that outlives its connections, whatever they speak."""
+"""Scores over streams that outlive their connections, to as many replicas as there are, whatever they speak."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+from collections import deque
+from collections.abc import Sequence
 
 import grpc
 
-from vopd_client.errors import TeacherError, TeacherInternalError, TeacherUnavailableError, VopdError
-from vopd_client.handshake import check_revision
+from vopd_client.errors import TeacherError, TeacherUnavailableError, VopdError
+from vopd_client.teacher.balance import Balancer
 from vopd_client.teacher.codec import decode_scores, pack_ids, sequence_message
-from vopd_client.teacher.connector import Connection, Connector
+from vopd_client.teacher.link import StreamLink
 from vopd_client.teacher.outbox import Entry, Outbox
-from vopd_client.teacher.patience import Patience
+from vopd_client.teacher.patience import Patience, Timing
+from vopd_client.teacher.replica import Connection
+from vopd_client.teacher.replicas import Replicas
 from vopd_client.teacher.requests import check_message_size
-from vopd_client.teacher.status import Failure, failure_of_sequence
-from vopd_client.teacher.transport import CallFailed, StreamCall
+from vopd_client.teacher.status import Failure
 from vopd_client.types import SequenceScores, SequenceToScore
 from vopd_proto import SEQUENCE_OVERHEAD_BYTES
 from vopd_proto import teacher_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+SILENT_AFTER_S = 30.0  # an idle replica is then asked what a silent one owes
 
 
 class ScoreStream:
     """`submit` sequences from as many tasks as you like; answers return as they finish.
 
-    When the connection breaks, the next replica is asked (after a handshake) for everything that is still
-    unanswered, and nothing else: no sequence is lost or answered twice.
+    Each replica has a connection of its own, and is handed a sequence when it has room for it. When a connection
+    breaks, everything that is still unanswered there is asked again (of another replica at once, if there is one, or
+    after a handshake), and nothing else: no sequence is lost or answered twice.
     """
 
     def __init__(
         self,
-        connector: Connector,
+        replicas: Replicas,
         patience: Patience,
         *,
         settings: pb.StreamSettings,
         window: int,
         max_context_tokens: int,
         sequence_ids: itertools.count[int],
+        timing: Timing,
     ) -> None:
         self.patience = patience
-        self._connector = connector
-        self._settings = settings
-        self._outbox = Outbox(window=window, max_context_tokens=max_context_tokens)
+        self._replicas = replicas
         self._sequence_ids = sequence_ids
+        self._balancer = Balancer(
+            len(replicas.all),
+            window=window,
+            is_up=replicas.is_single,
+            favourite=timing.rng.randrange(len(replicas.all)),
+        )
+        self._waiting: deque[Entry] = deque()  # for a replica with room
         self._futures: dict[str, asyncio.Future[SequenceScores]] = {}
-        self._opened = asyncio.Event()  # the server has said which weights answer on this connection
-        self._to_send = asyncio.Event()  # something may have become sendable
-        self._refused: Failure | None = None  # a full queue: the writer backs off before it goes on
-        self._leaving: Failure | None = None  # a replica that takes no more: it finishes what it has
+        self._links = [
+            StreamLink(
+                index,
+                replica,
+                replicas=replicas,
+                owner=self,
+                patience=patience if replicas.is_single else patience.beside(f"teacher {replica.address.url}"),
+                settings=settings,
+                outbox=Outbox(window=window, max_context_tokens=max_context_tokens),
+                now=timing.now,
+            )
+            for index, replica in enumerate(replicas.all)
+        ]
+        self._silent: set[int] = set()  # links that others were asked for
+        self._given_up: set[int] = set()  # links whose replica breaks streams
         self._task: asyncio.Task[None] | None = None
         self._error: VopdError | None = None
+
+    @property
+    def waiting_reason(self) -> str:
+        """As `Patience.waiting_reason`, of the whole stream or of one of the replicas."""
+        patiences = [link.patience for link in self._links] + [self.patience]
+        return next((reason for patience in patiences if (reason := patience.waiting_reason)), "")
 
     async def submit(self, sequence: SequenceToScore) -> SequenceScores:
         """The scores of one sequence. Cancelling gives up on its answer.
@@ -63,18 +96,17 @@ class ScoreStream:
         entry = self._entry(sequence)
         future: asyncio.Future[SequenceScores] = asyncio.get_running_loop().create_future()
         self._futures[entry.sequence_id] = future
-        self._outbox.add(entry)
         self.patience.clock.begin()
-        self._to_send.set()
         if self._task is None:
-            self._task = asyncio.create_task(self.patience.run(self._serve_connections))
-            self._task.add_done_callback(self._stopped)
+            self._start()
+        self._waiting.append(entry)
+        self._hand_out()
         try:
             return await future
         finally:
             self.patience.clock.end()
             if self._futures.pop(entry.sequence_id, None) is not None:  # cancelled, not answered
-                self._outbox.abandon(entry)
+                self._abandon(entry.sequence_id)
 
     async def close(self) -> None:
         """Ends the stream; what is unanswered raises TeacherUnavailableError."""
@@ -97,132 +129,149 @@ class ScoreStream:
             message=sequence_message(sequence, sequence_id=sequence_id),
             context=pack_ids("context_ids", sequence.context_ids),
         )
-        limit = self._connector.max_message_bytes - SEQUENCE_OVERHEAD_BYTES
+        limit = self._replicas.max_message_bytes - SEQUENCE_OVERHEAD_BYTES
         check_message_size(entry.message, limit)
         check_message_size(entry.context, limit)
         return entry
 
-    # ------------------------------------------------------------ connections
+    # ------------------------------------------------------------ handing out
 
-    async def _serve_connections(self) -> None:
-        while True:
-            await self._to_send.wait()
-            async with self._connector.connection(self.patience) as connection:
-                failure, cause = await self._serve(connection)
-                self._outbox.connection_lost()
-                if failure.code is grpc.StatusCode.UNAVAILABLE:
-                    self._connector.retire(connection)
-            if not self.patience.clock.num_outstanding:
-                self._to_send.clear()  # an idle stream reconnects when there is something to ask
-                continue
-            self._to_send.set()
-            await self.patience.back_off(failure, cause, num_replicas=len(self._connector.addresses))
+    def _hand_out(self) -> None:
+        while self._waiting:
+            index = self._balancer.choose(self._waiting[0].job)
+            if index is None:
+                return
+            self._give(index, self._waiting.popleft())
 
-    async def _serve(self, connection: Connection) -> tuple[Failure, BaseException | None]:
-        """One connection's life: why it ended, where trying again can help."""
-        self._refused = self._leaving = None
-        self._opened.clear()
-        call = connection.transport.open_stream()
-        reader = asyncio.create_task(self._read(call, connection))
-        writer = asyncio.create_task(self._write(call))
-        try:
-            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-            if not reader.done():
-                await writer  # raises what broke it; otherwise the call is over, and the reader knows why
-            return await reader, None
-        except CallFailed as error:
-            if not error.failure.is_retryable:
-                raise error.failure.to_error() from error
-            return error.failure, error
-        finally:
-            reader.cancel()
-            writer.cancel()
-            await call.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+    def _give(self, index: int, entry: Entry) -> None:
+        self._balancer.begin(index, entry.job)
+        self._links[index].add(entry)
 
-    # ------------------------------------------------------------ sending
+    def _abandon(self, sequence_id: str) -> None:
+        """Nobody waits for an answer any more, or for a second one."""
+        for index in self._balancer.holders(sequence_id):
+            if self._links[index].abandon(sequence_id):
+                self._balancer.end(index, sequence_id)
+        self._waiting = deque(entry for entry in self._waiting if entry.sequence_id != sequence_id)
+        self._hand_out()
 
-    async def _write(self, call: StreamCall) -> None:
-        """Sends until the call is over; nothing but the settings before the server has shown its weights."""
-        try:
-            await call.write(pb.ScoreStreamRequest(settings=self._settings))
-            await self._opened.wait()
-            while True:
-                if self._refused is not None:
-                    refused, self._refused = self._refused, None
-                    await self.patience.back_off(refused, None)
-                self._to_send.clear()
-                messages = self._outbox.next_messages()
-                for message in messages:
-                    await call.write(message)
-                if not messages:
-                    await self._to_send.wait()
-        except CallFailed:
-            return  # the call ended under us: its status is the reader's to report
+    # ------------------------------------------------------------ what links report
 
-    # ------------------------------------------------------------ receiving
+    def may_take(self, link: StreamLink, is_up: bool) -> None:
+        self._silent.discard(link.index)
+        if not self._replicas.is_single:
+            self._balancer.set_up(link.index, is_up)
+        self._hand_out()
 
-    async def _read(self, call: StreamCall, connection: Connection) -> Failure:
-        """Takes answers in until the stream ends or its replica is drained."""
-        while not self._outbox.is_drained:
-            response = await call.read()
-            if response is None:
-                return Failure(grpc.StatusCode.UNAVAILABLE, f"{connection.address.url} ended the stream")
-            kind = response.WhichOneof("message")
-            if kind == "opened":
-                where = connection.address.url
-                check_revision(connection.info.model_revision, response.opened.model_revision, where=where)
-                self._opened.set()
-            elif not self._opened.is_set():
-                raise TeacherInternalError("the teacher answered before it said which weights answer")
-            elif kind == "chunk":
-                self._take_chunk(response.chunk, connection)
-            elif kind == "failure":
-                self._take_failure(response.failure)
-            elif kind == "waiting":
-                self.patience.told(response.waiting.message)
-        assert self._leaving is not None, "drained, but nothing was refused"
-        return self._leaving
-
-    def _take_chunk(self, chunk: pb.ScoreChunk, connection: Connection) -> None:
-        entry = self._outbox.receive(chunk)
-        self.patience.progressed()
-        if entry is None:
-            return
-        self._to_send.set()  # a place in the window
+    def took(self, link: StreamLink, entry: Entry, connection: Connection) -> None:
+        self._balancer.end(link.index, entry.sequence_id)
         future = self._futures.pop(entry.sequence_id, None)
-        if future is None or future.done():
-            return  # abandoned
-        try:
-            scores = decode_scores(
-                entry.sequence,
-                entry.chunks,
-                vocab_size=connection.info.vocab_size,
-                hidden_size=connection.info.hidden_size,
-            )
-        except VopdError as error:
-            future.set_exception(error)
-        else:
-            future.set_result(scores)
-
-    def _take_failure(self, message: pb.ScoreFailure) -> None:
-        entry = self._outbox.failed(message.sequence_id)
-        failure = failure_of_sequence(message)
-        self._to_send.set()
-        if failure.is_retryable:
-            self._outbox.send_again(entry)
-            if failure.code is grpc.StatusCode.UNAVAILABLE:
-                self._leaving = failure
-                self._outbox.stop_sending()
+        if future is not None and not future.done():
+            try:
+                scores = decode_scores(
+                    entry.sequence,
+                    entry.chunks,
+                    vocab_size=connection.info.vocab_size,
+                    hidden_size=connection.info.hidden_size,
+                )
+            except VopdError as error:
+                future.set_exception(error)
             else:
-                self._refused = failure
-            return
-        self.patience.progressed()
+                future.set_result(scores)
+                link.replica.answered([entry.sequence])
+        self._settled(entry)
+
+    def failed(self, link: StreamLink, entry: Entry, failure: Failure) -> None:
+        self._balancer.end(link.index, entry.sequence_id)
         future = self._futures.pop(entry.sequence_id, None)
         if future is not None and not future.done():
             future.set_exception(failure.to_error())
+        self._settled(entry)
 
-    # ------------------------------------------------------------ the end
+    def gave_back(self, link: StreamLink, entries: Sequence[Entry], *, is_all: bool) -> None:
+        if is_all:
+            self._balancer.end_all(link.index)
+            if not self._replicas.is_single:
+                self._balancer.set_up(link.index, False)
+        else:
+            for entry in entries:
+                self._balancer.end(link.index, entry.sequence_id)
+        wanted = [
+            entry
+            for entry in entries
+            if entry.sequence_id in self._futures and not self._balancer.holders(entry.sequence_id)
+        ]
+        link.replica.num_taken_back += len(wanted)
+        self._waiting.extendleft(reversed(wanted))
+        self._hand_out()
+
+    def _settled(self, entry: Entry) -> None:
+        """One is answered: there is room, and a second answer is of no use."""
+        others = [self._links[index] for index in self._balancer.holders(entry.sequence_id)]
+        self._hand_out()
+        for other in others:
+            if other.abandon(entry.sequence_id):
+                self._balancer.end(other.index, entry.sequence_id)
+            if other.index in self._silent and not other.unanswered:
+                other.cut(Failure(grpc.StatusCode.UNAVAILABLE, f"answered nothing for {SILENT_AFTER_S:g} s"))
+
+    # ------------------------------------------------------------ several replicas
+
+    def _relieve_the_silent(self) -> None:
+        """Has idle replicas score what silent ones owe as well. The first answer counts.
+
+        Not instead: a replica may only be slow, and what is slow everywhere would be passed on for ever.
+        """
+        silent = [link for link in self._links if link.silent_s >= SILENT_AFTER_S]
+        if not any(self._balancer.is_idle(link.index) for link in self._links if link not in silent):
+            return
+        for link in silent:
+            self._silent.add(link.index)
+            self._balancer.set_up(link.index, False)
+            for entry in link.unanswered:
+                if self._balancer.holders(entry.sequence_id) == [link.index]:
+                    index = self._balancer.choose(entry.job)
+                    if index is not None:
+                        link.replica.num_taken_back += 1
+                        self._give(index, entry.copy())
+
+    # ------------------------------------------------------------ life
+
+    def _start(self) -> None:
+        if not self._replicas.is_single:
+            for link in self._links:
+                self._balancer.set_up(link.index, link.replica.current is not None)
+        self._task = asyncio.create_task(self.patience.run(self._serve))
+        self._task.add_done_callback(self._stopped)
+
+    async def _serve(self) -> None:
+        """Serves every replica until something ends the stream."""
+        tasks = [asyncio.create_task(self._serve_link(link)) for link in self._links]
+        if not self._replicas.is_single:
+            tasks.append(asyncio.create_task(self._watch()))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve_link(self, link: StreamLink) -> None:
+        """Returns when this replica is given up and others are left. Raises: what ends the stream."""
+        try:
+            await link.serve()
+        except VopdError as error:
+            self._given_up.add(link.index)
+            if len(self._given_up) == len(self._links) or self.patience.clock.expired:
+                raise
+            logger.warning("teacher replica %s is given up for this stream: %s", link.replica.address.url, error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._relieve_the_silent()
 
     def _stopped(self, task: asyncio.Task[None]) -> None:
         """The serving task never returns: it was cancelled by `close`, or something ended the stream."""
