@@ -113,7 +113,30 @@ class StudentForTraining(nn.Module):
         The arguments are the fields of `Batch`. Logits are computed at the N rows inside loss_mask_BT only:
         neither prompts nor padding cost any. want_kl_gradient: reverse_kl_sum is to be differentiable.
         """
-        hidden_BSH = hidden_states(self.causal_lm, input_ids_BS, attention_mask_BS)
+        return self.outputs_at(
+            hidden_states(self.causal_lm, input_ids_BS, attention_mask_BS),
+            row_index_BT,
+            completion_ids_BT,
+            support_ids_BTK,
+            support_mask_BTK,
+            loss_mask_BT,
+            teacher_hidden_BTH,
+            want_kl_gradient=want_kl_gradient,
+        )
+
+    def outputs_at(
+        self,
+        hidden_BSH: Tensor,
+        row_index_BT: Tensor,
+        completion_ids_BT: Tensor,
+        support_ids_BTK: Tensor,
+        support_mask_BTK: Tensor,
+        loss_mask_BT: Tensor,
+        teacher_hidden_BTH: Tensor | None = None,
+        *,
+        want_kl_gradient: bool = False,
+    ) -> StudentOutputs:
+        """What `forward` returns, from the last hidden states of the input: to be called inside a forward."""
         scored = sequence_N, token_N = loss_mask_BT.nonzero(as_tuple=True)
         hidden_NH = hidden_BSH[sequence_N, row_index_BT[scored]]
         head = output_head(self.causal_lm)
