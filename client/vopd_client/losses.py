@@ -24,7 +24,7 @@ before they come here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
@@ -51,6 +51,7 @@ from vopd_client.shaping import DIFFERENTIATED_OBJECTIVES, NO_SHAPING, Shaping
 if TYPE_CHECKING:
     from vopd_client.batch import Batch
     from vopd_client.student import StudentOutputs
+    from vopd_client.types import SequenceScores, SequenceToScore
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,45 @@ def compute_loss(
         loss_sum,
         {name: torch.where(batch.loss_mask_BT, value_BT, 0.0).sum().detach() for name, value_BT in sums_BT.items()},
     )
+
+
+def loss_from_logits(
+    objective: Objective,
+    logits_BTV: Tensor,
+    sequences: Sequence[SequenceToScore],
+    scores: Sequence[SequenceScores],
+    *,
+    temperature: float = 1.0,
+    num_shared_ids: int | None = None,
+    tail: Tail = "renormalise",
+    baseline: Baseline | None = None,
+) -> LossOutput:
+    """`compute_loss` for a student of any kind, from its logits and what the teacher was asked and answered.
+
+    It holds [N, V] log-probabilities for the N completion tokens of the batch; `StudentForTraining` does not.
+
+    Args:
+        logits_BTV: any float dtype; [b, t] predicts completion token t of sequence b, and what lies beyond a shorter
+            completion is never looked at. Of one unpadded sequence: `model(ids).logits[:, len(context_ids) - 1 : -1]`.
+            The student's context need not be the teacher's.
+        sequences, scores: as `score` took and gave them, all with the same kind of support.
+        temperature: the one that the teacher scored at.
+        num_shared_ids: only ids below it take part in the softmax; None: all V. Less where one side pads its head.
+        tail, baseline: as in `compute_loss`.
+
+    Raises:
+        AlignmentError: rows, scores and completions that do not fit each other.
+        ConfigError: an objective that needs more than the teacher was asked for.
+        NonFiniteError: as `compute_loss`.
+    """
+    from vopd_client.logits_inputs import batch_of, outputs_of  # brings transformers
+
+    num_ids = logits_BTV.shape[-1] if num_shared_ids is None else num_shared_ids
+    batch = batch_of(sequences, scores, num_shared_ids=num_ids).to(logits_BTV.device)
+    if objective != "opd" and not batch.support_ids_BTK.shape[-1]:
+        raise ConfigError(f"objective {objective} needs a support: score with TeacherTopK(k) or Candidates(...)")
+    student = outputs_of(logits_BTV, batch, num_shared_ids=num_ids, temperature=temperature)
+    return compute_loss(objective, student, batch, tail=tail, baseline=baseline)
 
 
 def sampled_surrogate(sampled_logprobs_BT: Tensor, advantage_BT: Tensor) -> Tensor:
