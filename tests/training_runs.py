@@ -18,7 +18,7 @@ from vopd_client.trainer import run_training
 
 NUM_PROMPTS = 6
 ROLLOUTS_A_STEP = 4
-TIMES = frozenset({"teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s"})
+TIMES = frozenset({"teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s", "wait_s"})
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Runs:
     def metrics(self, name: str = "run") -> list[dict[str, Any]]:
         """The rows without what a clock measured."""
         rows = read_rows(self.directory(name).metrics_file)
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+        return [{key: value for key, value in row.items() if key.rsplit("/")[-1] not in TIMES} for row in rows]
 
     def weights(self, name: str = "run") -> dict[str, torch.Tensor]:
         return load_file(self.directory(name).model / "model.safetensors")

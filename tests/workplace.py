@@ -19,7 +19,10 @@ STEPS = 24
 NUM_PROMPTS = 8
 # What a clock measured, and what depends on how requests happened to share messages.
 NOT_COMPARED = frozenset(
-    {"teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s", "teacher_bytes_per_token"}
+    {
+        *("teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s", "teacher_bytes_per_token"),
+        *("wait_s", "bytes"),  # of one of several teachers
+    }
 )
 PATIENCE_S = 120.0
 # Tiny matrices gain nothing from threads, and several processes with two each wait for one another on two cores.
@@ -66,11 +69,13 @@ class Workplace:
         return start_teacher(self.teacher_dir, *flags, port=port, http_port=http_port, env=ONE_THREAD)
 
     @contextmanager
-    def trainer(self, name: str, url: str, *flags: str, env: dict[str, str] | None = None) -> Iterator[Trainer]:
+    def trainer(
+        self, name: str, url: str | dict[str, str], *flags: str, env: dict[str, str] | None = None
+    ) -> Iterator[Trainer]:
+        """url: the teacher's, or those of several by their names."""
         settings = {
             "student": self.student_dir,
             "prompts": self.prompts,
-            "teacher_url": url,
             "output_dir": self.directory / "runs",
             "name": name,
             "steps": STEPS,
@@ -84,6 +89,10 @@ class Workplace:
             "device": "cpu",
         }
         given = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        if isinstance(url, str):
+            given += ["--teacher-url", url]
+        else:
+            given += [word for teacher, its_url in url.items() for word in ("--teacher", f"{teacher}={its_url}")]
         log_path = self.directory / f"{name}-{time.monotonic_ns()}.log"
         trainer = Trainer([*given, "--deterministic", *flags], log_path, env or {})
         try:
@@ -93,7 +102,7 @@ class Workplace:
                 trainer.process.kill()
                 trainer.process.wait()
 
-    def complete(self, name: str, url: str, *flags: str) -> str:
+    def complete(self, name: str, url: str | dict[str, str], *flags: str) -> str:
         """Trains to the end; what was printed."""
         with self.trainer(name, url, *flags) as trainer:
             assert trainer.wait() == 0, trainer.log()
@@ -107,7 +116,7 @@ class Workplace:
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         rows = read_rows(self.run(name) / "metrics.jsonl")
-        return [{key: value for key, value in row.items() if key not in NOT_COMPARED} for row in rows]
+        return [{key: value for key, value in row.items() if key.rsplit("/")[-1] not in NOT_COMPARED} for row in rows]
 
     def final_weights(self, name: str) -> bytes:
         return (self.run(name) / "model" / "model.safetensors").read_bytes()

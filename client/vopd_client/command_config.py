@@ -17,8 +17,8 @@ from vopd_client.config import (
     TeacherConfig,
     Temperature,
     Verifier,
-    split_commas,
 )
+from vopd_client.named_values import split_commas
 
 
 def _split_numbers(value: object) -> object:

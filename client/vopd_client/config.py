@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import NoDecode
 
+from vopd_client.named_values import NamedLists, split_commas
+
 Objective = Literal["opd", "vopd", "vopd-rb", "vopd-full", "topk-kl", "full-kl"]
 Verifier = Literal["exact", "contains", "regex", "math", "boxed-math", "choice"]
 
@@ -23,15 +25,6 @@ class Settings(BaseModel):
     """Unknown keys are errors; values are checked when they are set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def split_commas(value: object) -> object:
-    """`a,b` is two addresses, in a flag as in a variable."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, (list, tuple)):
-        return [part.strip() for item in value for part in str(item).split(",") if part.strip()]
-    return value
 
 
 def _yes_or_no(value: object) -> object:
@@ -84,7 +77,7 @@ class AnyTeacherConfig(TeacherConfig):
     )
 
     @model_validator(mode="after")
-    def _one_teacher(self) -> Self:
+    def _one_way_to_teach(self) -> Self:
         if bool(self.teacher_url) == bool(self.teacher_model):
             raise ValueError("give either teacher_url (a remote teacher) or teacher_model (one in this process)")
         return self
@@ -111,6 +104,16 @@ class PromptColumns(Settings):
 class TrainConfig(AnyTeacherConfig, PromptColumns):
     """One training run."""
 
+    teacher: NamedLists = Field(
+        default_factory=dict,
+        description="Instead of teacher-url: a teacher with a name, name=address; repeat for several teachers, each of "
+        "which scores the rows whose key teacher names it. Replicas of one: name=address,address.",
+    )
+    teacher_key_file: NamedLists = Field(
+        default_factory=dict,
+        description="File that holds the API key for the teacher of a name, name=file, where it is not api-key-file's; "
+        "repeat for several.",
+    )
     teacher_window: int | None = Field(
         None,
         ge=1,
@@ -276,6 +279,33 @@ class TrainConfig(AnyTeacherConfig, PromptColumns):
         if isinstance(given, dict) and given.get("objective", OURS) != OURS:
             return SETTINGS_OF_THE_PAPER | given
         return given
+
+    @model_validator(mode="after")
+    def _one_way_to_teach(self) -> Self:
+        if sum(map(bool, (self.teacher_url, self.teacher, self.teacher_model))) != 1:
+            raise ValueError(
+                "give one of teacher_url (a remote teacher), teacher (one or several, each with a name) and "
+                "teacher_model (one in this process)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_name_their_teachers(self) -> Self:
+        for setting in ("prompt_column", "answer_column"):
+            if len(self.teacher) > 1 and getattr(self, setting) is not None:
+                raise ValueError(f"{setting} reads no other columns, and with several teachers each row names its own")
+        return self
+
+    @model_validator(mode="after")
+    def _one_key_file_each(self) -> Self:
+        for name, paths in self.teacher_key_file.items():
+            if name not in self.teacher:
+                raise ValueError(
+                    f"teacher_key_file: no teacher {name!r}; there are {', '.join(self.teacher) or 'none'}"
+                )
+            if len(paths) > 1:
+                raise ValueError(f"teacher_key_file: {name} has {len(paths)} files and takes one: {', '.join(paths)}")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -64,9 +64,11 @@ def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> 
     for name, row in (("before", before), ("after", after), ("teacher", teacher[0] if teacher else {})):
         summary[f"exact_match_{name}"] = row.get("exact_match")
         summary[f"exact_match_{name}_by_kind"] = row.get("exact_match_by_kind", {})
+        summary[f"exact_match_{name}_by_teacher"] = row.get("exact_match_by_teacher", {})
     for name, row in (("before", before), ("after", after)):
         summary[f"kl_nats_{name}"] = row.get("kl_nats")
         summary[f"kl_nats_{name}_by_kind"] = row.get("kl_by_kind", {})
+        summary[f"kl_nats_{name}_by_teacher"] = row.get("kl_by_teacher", {})
     return summary | {
         "train_seconds": state.train_seconds,
         "teacher_wait_seconds": state.teacher_wait_seconds,
@@ -76,7 +78,7 @@ def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> 
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table | None:
-    """Before, after and the teacher, by kind; None when nothing was evaluated."""
+    """Before, after and the teacher, by kind and by teacher; None when nothing was evaluated."""
     if summary["exact_match_before"] is None and summary["kl_nats_before"] is None:
         return None
     table = Table("held-out prompts", box=box.SIMPLE_HEAD)
@@ -85,12 +87,22 @@ def summary_table(summary: Mapping[str, Any]) -> Table | None:
     if summary["exact_match_before"] is not None:
         columns = [f"exact_match_{name}" for name in ("before", "after", "teacher")]
         table.add_row("exact match", *(_cell(summary[column], "{:.0%}") for column in columns))
-        for kind in summary["exact_match_before_by_kind"]:
-            shares = [summary[f"{column}_by_kind"].get(kind) for column in columns]
-            table.add_row(Text(f"  {kind}", style="dim"), *(_cell(share, "{:.0%}") for share in shares))
-    nats = [summary["kl_nats_before"], summary["kl_nats_after"]]
-    table.add_row("KL to the teacher, nats a token", *(_cell(value, "{:.3f}") for value in nats), "")
+        _add_parts(table, summary, columns, "kind", "{:.0%}")
+        _add_parts(table, summary, columns, "teacher", "{:.0%}")
+    columns = ["kl_nats_before", "kl_nats_after"]
+    table.add_row("KL to the teacher, nats a token", *(_cell(summary[column], "{:.3f}") for column in columns), "")
+    _add_parts(table, summary, columns, "teacher", "{:.3f}")
     return table
+
+
+def _add_parts(
+    table: Table, summary: Mapping[str, Any], columns: Sequence[str], by: Literal["kind", "teacher"], form: str
+) -> None:
+    """A row for each kind, or for each teacher that has a name."""
+    for part in summary[f"{columns[0]}_by_{by}"]:
+        label = part if by == "kind" else f"teacher {part}"
+        cells = [_cell(summary[f"{column}_by_{by}"].get(part), form) for column in columns]
+        table.add_row(Text(f"  {label}", style="dim"), *cells, *[""] * (3 - len(cells)))
 
 
 def samples_table(evaluations: Sequence[Mapping[str, Any]]) -> Table | None:

@@ -1,25 +1,26 @@
-"""A student's KL to the teacher on held-out prompts, with the run's own sampler and scoring.
+"""A student's KL to its teachers on held-out prompts, with the run's own sampler and scoring.
 
 Axes: B sequences, T completion tokens, K support size. Natural log, nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vopd_client.baselines import SupportLogprobs, bucket_reverse_kl
-from vopd_client.batch import Batch, plan_microbatches
+from vopd_client.batch import Batch
 from vopd_client.prompts import Prompt
-from vopd_client.rollouts.base import Rollout, RolloutKey
+from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.decoding import MixedPrecision
 from vopd_client.rollouts.transformers import RolloutSampler
-from vopd_client.scoring import SentRollout
+from vopd_client.scoring import Request, SentRollout, send
 from vopd_client.student import StudentForTraining, StudentOutputs
-from vopd_client.types import SequenceScores, SequenceToScore, Teacher
+from vopd_client.teaching_plan import TeachingPlan, plan_teachers_microbatches
+from vopd_client.types import SequenceScores
 
 
 def wait_for_answer(sent: SentRollout) -> SequenceScores:
@@ -36,48 +37,50 @@ class KlMeasurement:
     own, so the mean is an estimate of what on-policy distillation minimises; the bucket makes every state's value a
     lower bound of its KL over the whole vocabulary, close where the support holds nearly all of the student's mass.
 
+    plans: of the teachers that can be asked, by name, with a support or hidden states; the prompts of others are left
+        out.
     sampler: with a seed of its own. Every evaluation draws with the same random numbers.
-    request: what the teacher is asked about a rollout, with a support or hidden states.
-    make_batch: (rollouts, the teacher's answers, names of their prompts) -> padded tensors.
+    make_batch: (what was asked, rollouts of one teacher's prompts, its answers) -> padded tensors.
     receive: waits for the answer to one rollout; a caller's own can look up from waiting now and then.
     """
 
-    teacher: Teacher
+    plans: Mapping[str, TeachingPlan]
     sampler: RolloutSampler
-    request: Callable[[Prompt, Rollout], SequenceToScore]
-    make_batch: Callable[[Sequence[Rollout], Sequence[SequenceScores], Sequence[str]], Batch]
+    make_batch: Callable[[Request, Sequence[SentRollout], Sequence[SequenceScores]], Batch]
     microbatch_tokens: int
     receive: Callable[[SentRollout], SequenceScores] = wait_for_answer
 
 
 def sample_and_send(kl: KlMeasurement, prompts: Sequence[Prompt]) -> list[SentRollout]:
-    """One completion a prompt, in the prompts' order; each is on its way to the teacher once it is finished."""
+    """One completion a prompt, in the prompts' order; each is on its way to its teacher once it is finished."""
     sent: dict[int, SentRollout] = {}
-    requests = [(RolloutKey(0, position, 0), prompt.student_ids) for position, prompt in enumerate(prompts)]
+    requests = [
+        (RolloutKey(0, position, 0), prompt.student_ids)
+        for position, prompt in enumerate(prompts)
+        if prompt.teacher in kl.plans
+    ]
     for rollout in kl.sampler.sample(requests):
         position = rollout.key.prompt_index
-        prompt = prompts[position]
-        sent[position] = SentRollout(rollout, prompt, kl.teacher.submit(kl.request(prompt, rollout)))
-    return [sent[position] for position in range(len(prompts))]
+        plan = kl.plans[prompts[position].teacher]
+        sent[position] = send(rollout, prompts[position], request=plan.evaluation_request, teacher=plan.teacher)
+    return [sent[position] for position in sorted(sent)]
 
 
 @torch.no_grad()
 def kl_of_tokens(
     kl: KlMeasurement, student: StudentForTraining, sent: Sequence[SentRollout], mixed_precision: MixedPrecision
 ) -> list[tuple[Prompt, float]]:
-    """The KL at every scored token of every completion, in nats; waits for the teacher where it must.
+    """The KL at every scored token of every completion, in nats; waits for a teacher where it must.
 
     Raises: what `kl.receive` raises.
     """
     device = next(student.parameters()).device
     kl_by_token: list[tuple[Prompt, float]] = []
-    for indices in plan_microbatches([item.num_tokens for item in sent], kl.microbatch_tokens):
+    for indices in plan_teachers_microbatches(sent, kl.microbatch_tokens):
         items = [sent[index] for index in indices]
-        batch = kl.make_batch(
-            [item.rollout for item in items],
-            [kl.receive(item) for item in items],
-            [item.prompt.source for item in items],
-        ).to(device)
+        plan = kl.plans[items[0].prompt.teacher]
+        plan.fit(student)
+        batch = kl.make_batch(plan.evaluation_request, items, [kl.receive(item) for item in items]).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
             kl_BT = kl_of_batch(student, batch)
         for item, kl_T, mask_T in zip(items, kl_BT, batch.loss_mask_BT, strict=True):
@@ -90,16 +93,7 @@ def kl_of_batch(student: StudentForTraining, batch: Batch) -> Tensor:
 
     Over the whole vocabulary where the batch has the teacher's hidden states, else from the support and one bucket.
     """
-    outputs: StudentOutputs = student(
-        batch.input_ids_BS,
-        batch.attention_mask_BS,
-        batch.row_index_BT,
-        batch.completion_ids_BT,
-        batch.support_ids_BTK,
-        batch.support_mask_BTK,
-        batch.loss_mask_BT,
-        batch.teacher_hidden_BTH,
-    )
+    outputs: StudentOutputs = student(**batch.student_inputs)
     if outputs.whole_BT is not None:
         return outputs.whole_BT.reverse_kl
     return bucket_reverse_kl(

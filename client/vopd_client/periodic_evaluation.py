@@ -1,21 +1,21 @@
-"""The evaluations of a run: when they are due, the student's and the teacher's, and that none is done twice."""
+"""The evaluations of a run: when they are due, the student's and the teachers', and that none is done twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vopd_client.batch import Batch, collate
-from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teacher
+from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teachers
 from vopd_client.held_out_kl import KlMeasurement
 from vopd_client.preparation import Run, make_sampler
-from vopd_client.rollouts.base import Rollout
 from vopd_client.run_directory import read_rows
 from vopd_client.schedule import evaluation_seed, is_due
 from vopd_client.scoring import Request, SentRollout, Waiter
 from vopd_client.teaching import measures_teacher
-from vopd_client.types import SequenceScores
+from vopd_client.types import SequenceScores, Teacher
 from vopd_proto.arrays import IntArray
 
 
@@ -42,9 +42,9 @@ def evaluation_due(run: Run, step: int) -> bool:
 
 
 def evaluate(run: Run, step: int, waiter: Waiter) -> Iterator[Evaluation]:
-    """The evaluations after `step` that are not on disk yet; the teacher's own comes with the first of them.
+    """The evaluations after `step` that are not on disk yet; the teachers' own comes with the first of them.
 
-    Args: waiter: waits for the teacher's answers.
+    Args: waiter: waits for teachers' answers.
 
     Raises: TeacherError, NonFiniteError.
     """
@@ -54,9 +54,9 @@ def evaluate(run: Run, step: int, waiter: Waiter) -> Iterator[Evaluation]:
         evaluation = _evaluate_student(run, step, waiter.scores)
         drafts = evaluation.completion_ids
         yield evaluation
-    if not done.teacher and measures_teacher(run.config, run.teacher.info):
-        evaluation, _ = evaluate_teacher(
-            run.teacher,
+    if not done.teacher and (measured := _measured_teachers(run)):
+        yield evaluate_teachers(
+            measured,
             run.student.tokenizer,
             run.eval_prompts,
             step=step,
@@ -65,7 +65,16 @@ def evaluate(run: Run, step: int, waiter: Waiter) -> Iterator[Evaluation]:
             student_completions=drafts,
             receive=waiter.answer,
         )
-        yield evaluation
+
+
+def _measured_teachers(run: Run) -> dict[str, Teacher]:
+    """Those whose own exact match is measured: they can say what they would write, and some prompt is theirs."""
+    asked = {prompt.teacher for prompt in run.eval_prompts}
+    return {
+        name: plan.teacher
+        for name, plan in run.plans.items()
+        if name in asked and measures_teacher(run.config, plan.teacher.info)
+    }
 
 
 def _evaluate_student(run: Run, step: int, receive: Callable[[SentRollout], SequenceScores]) -> Evaluation:
@@ -86,15 +95,14 @@ def _evaluate_student(run: Run, step: int, receive: Callable[[SentRollout], Sequ
 
 
 def _kl_measurement(run: Run, receive: Callable[[SentRollout], SequenceScores]) -> KlMeasurement | None:
-    """None for a teacher without any support: there is nothing to take a closed form of."""
-    request = run.evaluation_request
-    if request.support == "none":
+    """None without any support: there is nothing to take a closed form of."""
+    plans = {name: plan for name, plan in run.plans.items() if plan.evaluation_request.support != "none"}
+    if not plans:
         return None
     return KlMeasurement(
-        teacher=run.teacher,
+        plans=plans,
         sampler=make_sampler(run.config, run.student, seed=evaluation_seed(run.config.seed)),
-        request=lambda prompt, rollout: request.of(rollout, prompt),
-        make_batch=lambda rollouts, scores, names: make_batch(run, request, rollouts, scores, names),
+        make_batch=partial(make_batch, run),
         microbatch_tokens=run.config.microbatch_tokens,
         receive=receive,
     )
@@ -103,16 +111,15 @@ def _kl_measurement(run: Run, receive: Callable[[SentRollout], SequenceScores]) 
 def make_batch(
     run: Run,
     request: Request,
-    rollouts: Sequence[Rollout],
+    sent: Sequence[SentRollout],
     scores: Sequence[SequenceScores],
-    prompt_names: Sequence[str],
     task_advantages: Sequence[float] | None = None,
 ) -> Batch:
-    """Rollouts and the answers to `request`, as tensors."""
+    """Rollouts and one teacher's answers to `request`, as tensors."""
     return collate(
-        rollouts,
+        [item.rollout for item in sent],
         [request.swap.from_teacher(score) for score in scores],
-        prompt_names=prompt_names,
+        prompt_names=[item.prompt.source for item in sent],
         pad_id=run.student.pad_id,
         num_shared_ids=run.student.module.num_shared_ids,
         support=request.support,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vopd_client.run_data import RunData, number
 # Colours that keep apart for colour-blind readers and read on white as well as on a dark page.
 BLUE, ORANGE, GREEN, PURPLE, PINK = "#3f7fd9", "#e07b2f", "#2a9d78", "#8f6fd1", "#d0568c"
 KIND_COLOURS = (ORANGE, GREEN, PURPLE, PINK)
+TEACHER_COLOURS = (GREEN, PURPLE, PINK)  # beside the whole in blue and held-out prompts in orange
 # Neutral colours, each used for nothing else, so that the SVG can hand them over to the page.
 INK, GRID = "#333a42", "#e3e7ec"
 DASHES = (0, (4, 3))
@@ -102,6 +104,9 @@ def _figure(run: RunData, *, width_inches: float, title: bool) -> Figure:
 def _kl(axes: Any, run: RunData) -> None:
     axes.set_title("KL(student ‖ teacher), nats per token")
     _curve(axes, run, "kl_nats", BLUE, "training rollouts")
+    names = run.teacher_names
+    for name, colour in zip(names if len(names) > 1 else [], cycle(TEACHER_COLOURS), strict=False):
+        _curve(axes, run, f"teacher/{name}/kl_nats", colour, f"those of teacher {name}", is_part=True)
     held_out = [(row["step"], number(row.get("kl_nats"))) for row in run.student_evaluations]
     held_out = [(step, value) for step, value in held_out if not math.isnan(value)]
     if held_out:
@@ -195,14 +200,16 @@ def _support(axes: Any, run: RunData) -> None:
 # ---------------------------------------------------------------- marks
 
 
-def _curve(axes: Any, run: RunData, name: str, colour: str, label: str | None = None) -> None:
-    """Every step's value; over many steps the single values step back behind their running mean."""
+def _curve(axes: Any, run: RunData, name: str, colour: str, label: str | None = None, *, is_part: bool = False) -> None:
+    """Every step's value; over many steps the single values step back behind their running mean, a part's vanish."""
     steps, values = run.column("step"), run.column(name)
+    width = 1.1 if is_part else STYLE["lines.linewidth"]
     if len(steps) <= MANY_STEPS:
-        axes.plot(steps, values, color=colour, marker=".", markersize=5, label=label)
+        axes.plot(steps, values, color=colour, linewidth=width, marker=".", markersize=5, label=label)
         return
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    axes.plot(steps, running_mean(values, len(values) // 50), color=colour, label=label)
+    if not is_part:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axes.plot(steps, running_mean(values, len(values) // 50), color=colour, linewidth=width, label=label)
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:

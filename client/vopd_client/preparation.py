@@ -1,12 +1,12 @@
 """Everything a run needs, loaded and checked against each other, before its first step.
 
 In this order, so that a mistake costs as little waiting as can be: directory and prompts (by the trainer), then the
-teacher, then the student.
+teachers, then the student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +18,30 @@ from vopd_client.baselines import choose_baseline
 from vopd_client.checkpoint import RunIdentity, TrainerState
 from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError
-from vopd_client.handshake import num_shared_ids
 from vopd_client.optimization import make_optimizer, make_scheduler
 from vopd_client.pipeline import InFlight
 from vopd_client.processes import wrap
-from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts
+from vopd_client.prompts import Prompt, PromptRow, RowFormat, choose_teachers, load_prompts
 from vopd_client.resumption import check_room, go_back_to_checkpoint, hash_prompts, rollouts_in_flight
 from vopd_client.rollouts.base import Rollout
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.run_directory import RunDirectory, settings_hash
-from vopd_client.scoring import Request
+from vopd_client.scoring import about_teacher
 from vopd_client.shaping import DIFFERENTIATED_OBJECTIVES, Shaping, check_shaping, reward_floor
 from vopd_client.student import LoadedStudent, load_student
-from vopd_client.teacher import RemoteTeacher
-from vopd_client.teacher_head import TeacherHead
 from vopd_client.teaching import (
-    ConnectedTeacher,
     Tell,
     bias_warnings,
     compare_tokenizers,
     introduce,
     longest_completion,
     measures_teacher,
-    needs_vocabulary,
-    plan_requests,
+    plan_teaching,
     render,
 )
-from vopd_proto.fingerprint import token_table
+from vopd_client.teaching_plan import Teachers, TeachingPlan, fit_to_teachers
 
 STALE_IMPORTANCE_CAP = 2.0  # one update moves few tokens' probabilities by more; the metrics say how many
-MIN_WINDOW, MAX_WINDOW = 64, 4000  # sequences in flight, where no setting says it
 
 
 @dataclass(frozen=True)
@@ -65,14 +59,12 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     directory: RunDirectory
-    teacher: ConnectedTeacher
+    plans: Mapping[str, TeachingPlan]  # of the teachers, by the names that prompts call them by
     student: LoadedStudent
     model: nn.Module  # the student's module as accelerate wrapped it
     optimizer: Any
     scheduler: Any
     sampler: RolloutSampler
-    request: Request
-    evaluation_request: Request  # with a support or hidden states whatever the objective, to measure the KL with
     shaping: Shaping
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -82,43 +74,20 @@ class Run:
 
 
 def load_rows(config: TrainConfig) -> PromptRows:
-    """Raises: DataError with file and line."""
+    """Raises: DataError with file and line, also for a row whose teacher there is not; ConfigError for a teacher that
+    no row names."""
     row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix)
+    names = sorted(config.teacher)
 
     def load(spec: str) -> list[PromptRow]:
-        return load_prompts(spec, default_verifier=config.verifier, row_format=row_format)
+        rows = load_prompts(spec, default_verifier=config.verifier, row_format=row_format)
+        return choose_teachers(rows, names)
 
-    return PromptRows(load(config.prompts), load(config.eval_prompts) if config.eval_prompts else [])
-
-
-def connect_teacher(config: TrainConfig, device: str | None) -> ConnectedTeacher:
-    """The teacher behind the addresses, or the one that is loaded into this process, on `device` (None: the best)."""
-    if config.teacher_model is not None:
-        from vopd_client.local_teacher import LocalTeacher  # brings the engine, which a remote teacher does not need
-
-        return LocalTeacher.load(
-            config.teacher_model,
-            device=device,
-            deterministic=config.deterministic,
-            temperature=config.temperature,
-            allow_full_vocab=bool(needs_vocabulary(config)),
-        )
-    return RemoteTeacher.connect(
-        config.teacher_url,
-        api_key_file=config.api_key_file,
-        plaintext=config.plaintext,
-        tls_ca_file=config.tls_ca_file,
-        timeout_s=config.teacher_timeout_s,
-        window=config.teacher_window or default_window(config),
-        float_type=config.score_float_type,
-        temperature=config.temperature,
-    )
-
-
-def default_window(config: TrainConfig) -> int:
-    """Room for everything that one process has in flight, so that no request waits for another's answer."""
-    in_flight = config.prompts_per_step * config.rollouts_per_prompt * (1 + config.max_staleness)
-    return min(max(in_flight, MIN_WINDOW), MAX_WINDOW)
+    rows = PromptRows(load(config.prompts), load(config.eval_prompts) if config.eval_prompts else [])
+    idle = set(names) - {row.teacher for row in (*rows.train, *rows.held_out)}
+    if idle:
+        raise ConfigError(f"no row names teacher {', '.join(sorted(idle))}: leave out what has nothing to teach")
+    return rows
 
 
 def prepare_run(
@@ -126,16 +95,18 @@ def prepare_run(
     accelerator: Accelerator,
     directory: RunDirectory,
     rows: PromptRows,
-    teacher: ConnectedTeacher,
+    teachers: Teachers,
     tell: Tell,
 ) -> Run:
-    """Loads the student, checks that teacher, student and prompts go together, and goes back to a checkpoint.
+    """Loads the student, checks that teachers, student and prompts go together, and goes back to a checkpoint.
 
     Raises: ConfigError, DataError, HandshakeError, RunDirectoryError, CheckpointError.
     """
     shaping = check_objective(config)
     check_answers(config, rows.train)
-    measures_teacher(config, teacher.info)
+    for name, teacher in teachers.items():
+        with about_teacher(name):
+            measures_teacher(config, teacher.info)
     torch.manual_seed(config.seed)  # LoRA starts from it
     student = load_student(
         config.student,
@@ -145,21 +116,16 @@ def prepare_run(
         trust_remote_code=config.trust_remote_code,
         device=accelerator.device,
     )
-    compare_tokenizers(student, teacher)
-    prompts = render(rows.train, config, student, teacher, max_new_tokens=config.max_new_tokens)
-    eval_prompts = render(rows.held_out, config, student, teacher, max_new_tokens=longest_completion(config))
-    request, evaluation_request = plan_requests(config, student, teacher, [*prompts, *eval_prompts], tell)
+    for name, teacher in teachers.items():
+        with about_teacher(name):
+            compare_tokenizers(student, teacher)
+    prompts = render(rows.train, config, student, teachers, max_new_tokens=config.max_new_tokens)
+    eval_prompts = render(rows.held_out, config, student, teachers, max_new_tokens=longest_completion(config))
+    plans = plan_teaching(config, student, teachers, [*prompts, *eval_prompts], tell)
+    plans = fit_to_teachers(student, plans, temperature=config.temperature, head_cache=config.head_cache, tell=tell)
 
     module = student.module
-    fit_to_teacher(
-        student,
-        teacher,
-        config,
-        request,
-        needs_head="vocabulary" in (request.support, evaluation_request.support),
-        tell=tell,
-    )
-    if shaping.importance_cap is not None and module.dropped_ids:
+    if shaping.importance_cap is not None and any(plan.request.drop_end_ids for plan in plans.values()):
         setting = "importance_cap" if config.importance_cap is not None else "max_staleness 1"
         raise ConfigError(
             f"{setting} does not go with end_token drop: completions were sampled with the end token, and the "
@@ -167,7 +133,7 @@ def prepare_run(
         )
     module.reward_floor = shaping.reward_floor
     check_room(config, directory, module)
-    introduction = introduce(config, student, teacher, prompts, eval_prompts, request)
+    introduction = introduce(config, student, plans, prompts, eval_prompts)
     for line in (*introduction, *introduce_staleness(config, shaping), *bias_warnings(config)):
         tell(line)
 
@@ -179,8 +145,10 @@ def prepare_run(
     identity = RunIdentity(
         config_hash=settings_hash(config.model_dump(mode="json")),
         prompts_hash=hash_prompts(prompts),
-        teacher_model_id=teacher.info.model_id,
-        teacher_model_revision=teacher.info.model_revision,
+        teacher_model_id=of_each_teacher({name: teacher.info.model_id for name, teacher in teachers.items()}),
+        teacher_model_revision=of_each_teacher(
+            {name: teacher.info.model_revision for name, teacher in teachers.items()}
+        ),
     )
     state = go_back_to_checkpoint(config, accelerator, directory, identity, tell)
     in_flight = rollouts_in_flight(config, accelerator, directory.checkpoints, state, prompts, tell)
@@ -188,14 +156,12 @@ def prepare_run(
         config=config,
         accelerator=accelerator,
         directory=directory,
-        teacher=teacher,
+        plans=plans,
         student=student,
         model=wrapped.model,
         optimizer=wrapped.optimizer,
         scheduler=wrapped.scheduler,
         sampler=make_sampler(config, student, seed=config.seed),
-        request=request,
-        evaluation_request=evaluation_request,
         shaping=shaping,
         prompts=prompts,
         eval_prompts=eval_prompts,
@@ -205,37 +171,9 @@ def prepare_run(
     )
 
 
-def fit_to_teacher(
-    student: LoadedStudent,
-    teacher: ConnectedTeacher,
-    config: TrainConfig,
-    request: Request,
-    *,
-    needs_head: bool,
-    tell: Tell,
-) -> None:
-    """From here on the student's module gives probabilities of what the teacher scores: of the ids that both have.
-
-    needs_head: something is going to compare the two over the whole vocabulary.
-
-    Raises: HandshakeError for a head that is none, and what fetching it raises.
-    """
-    module = student.module
-    module.temperature = config.temperature
-    module.num_shared_ids = num_shared_ids(
-        student_vocab_size=student.vocab_size,
-        teacher_vocab_size=teacher.info.vocab_size,
-        num_ids=len(token_table(student.tokenizer)),
-    )
-    module.dropped_ids = tuple(sorted(request.drop_end_ids))
-    if needs_head:
-        tell("fetching the teacher's output head, unless it is in the cache")
-        module.teacher_head = TeacherHead.load(
-            teacher.head_file(config.head_cache),
-            temperature=config.temperature,
-            device=next(module.parameters()).device,
-            vocab_size=teacher.info.vocab_size,
-        ).with_exchanged_ids(request.swap.pair)
+def of_each_teacher(values: Mapping[str, str]) -> str:
+    """What a checkpoint remembers of its teachers: `code=a, math=b`; of one without a name the value alone."""
+    return ", ".join(f"{name}={value}" if name else value for name, value in sorted(values.items()))
 
 
 def check_objective(config: TrainConfig) -> Shaping:

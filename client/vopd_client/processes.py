@@ -136,5 +136,6 @@ def agree(
 
 
 def add_up(all_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sum of each number over the processes, which have the same ones."""
-    return {name: sum(sums[name] for sums in all_sums) for name in all_sums[0]}
+    """The sum of each number over the processes that have it: some have no rollouts of one of several teachers."""
+    names = dict.fromkeys(name for sums in all_sums for name in sums)
+    return {name: sum(sums.get(name, 0.0) for sums in all_sums) for name in names}

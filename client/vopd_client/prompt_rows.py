@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 from vopd_client.config import Verifier
@@ -17,7 +17,7 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 R = TypeVar("R")
 
-ROW_KEYS = ("prompt", "messages", "answer", "teacher_prompt", "teacher_messages", "verifier", "kind")
+ROW_KEYS = ("prompt", "messages", "answer", "teacher_prompt", "teacher_messages", "verifier", "kind", "teacher")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Chat templates read the last four; what is in them is between the data and the template.
 _MESSAGE_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
@@ -89,6 +89,7 @@ class PromptRow:
     answer: str | None
     verifier: Verifier | None
     kind: str | None
+    teacher: str | None  # the name of the one that scores it; None: the run's only teacher
 
 
 def parse_row(value: object, *, index: int, source: str, default_verifier: Verifier) -> PromptRow:
@@ -129,7 +130,32 @@ def parse_row(value: object, *, index: int, source: str, default_verifier: Verif
         answer=answer,
         verifier=verifier if answer is not None else None,
         kind=_text(row, "kind", source),
+        teacher=_text(row, "teacher", source),
     )
+
+
+def choose_teachers(rows: Iterable[PromptRow], names: Sequence[str]) -> list[PromptRow]:
+    """The rows, each with the name of its teacher: its own choice, or that of the only one there is.
+
+    Args: names: of the run's teachers; empty: there is one, and it has no name.
+    Raises: DataError, a line for each of the first few rows that name no teacher, or none of these.
+    """
+
+    def choose(row: PromptRow) -> PromptRow:
+        if row.teacher is None and len(names) <= 1:
+            return replace(row, teacher=names[0] if names else None)
+        if row.teacher in names:
+            return row
+        there = (
+            f"there are {', '.join(names)}"
+            if names
+            else "the run's only teacher has no name; the setting teacher gives it one"
+        )
+        if row.teacher is None:
+            raise DataError(f"{row.source}: no teacher is named; {there}")
+        raise DataError(f"{row.source}: no teacher {row.teacher!r}; {there}{_suggestion(row.teacher, tuple(names))}")
+
+    return map_rows(choose, rows)
 
 
 def map_rows(function: Callable[[T], R], values: Iterable[T]) -> list[R]:

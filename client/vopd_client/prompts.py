@@ -2,8 +2,8 @@
 
 A row holds `prompt` (text) or `messages` (chat), which the student sees; optionally `teacher_prompt` or
 `teacher_messages`, which the teacher sees before the same completion (default: what the student sees);
-optionally an `answer` with a `verifier`, and a `kind` that evaluations are broken down by. Rows with other names
-for prompt and answer are read through a `RowFormat`.
+optionally an `answer` with a `verifier`, a `kind` that evaluations are broken down by, and the name of the `teacher`
+that scores it. Rows with other names for prompt and answer are read through a `RowFormat`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from vopd_client.config import Verifier
 from vopd_client.errors import DataError
-from vopd_client.prompt_rows import ROW_KEYS, PromptRow, RowFormat, map_rows, parse_row
+from vopd_client.prompt_rows import ROW_KEYS, PromptRow, RowFormat, choose_teachers, map_rows, parse_row
 from vopd_client.render import Prompt, render_prompts
 
-__all__ = ["Prompt", "PromptRow", "RowFormat", "load_prompts", "render_prompts"]
+__all__ = ["Prompt", "PromptRow", "RowFormat", "choose_teachers", "load_prompts", "render_prompts"]
 
 OUR_FORMAT = RowFormat()
 

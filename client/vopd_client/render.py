@@ -15,6 +15,7 @@ import numpy as np
 from vopd_client.config import Verifier
 from vopd_client.errors import DataError
 from vopd_client.prompt_rows import Message, PromptRow, map_rows
+from vopd_client.types import NoSupport, SequenceToScore, Support
 from vopd_proto.arrays import IntArray
 
 # A teacher's template comes over the network. Jinja's sandbox keeps it from the machine; these bounds keep what
@@ -41,6 +42,7 @@ class Prompt:
     verifier: Verifier | None
     kind: str | None
     text: str  # to show people
+    teacher: str = ""  # the name of the one that scores it; "" in a run whose only teacher has none
 
 
 def render_prompts(
@@ -96,9 +98,29 @@ def render_prompts(
             verifier=row.verifier,
             kind=row.kind,
             text=_text_to_show(row),
+            teacher=row.teacher or "",
         )
 
     return map_rows(render, rows)
+
+
+def sequence_of_text(tokenizer: Any, context: str, completion: str, support: Support | None = None) -> SequenceToScore:
+    """Two texts as token ids, to be scored: one after the other, tokenised apart, so that no token spans the border.
+
+    The context gets the special tokens that the tokenizer adds by itself, the completion none: write its end token
+    into the text if that is to be scored too. support: None asks for the sampled log-probabilities alone.
+
+    Raises: DataError when one of them makes no tokens.
+    """
+    sequence = SequenceToScore(
+        context_ids=_tokenise(tokenizer, context, add_special_tokens=True),
+        completion_ids=_tokenise(tokenizer, completion, add_special_tokens=False),
+        support=support or NoSupport(),
+    )
+    for name, ids in (("context", sequence.context_ids), ("completion", sequence.completion_ids)):
+        if not len(ids):
+            raise DataError(f"the {name} makes no tokens")
+    return sequence
 
 
 def _student_ids(row: PromptRow, tokenizer: Any) -> IntArray:

@@ -58,6 +58,7 @@ def render_page(run: RunData, *, curves_svg: str, timeline_svg: str | None = Non
         figures=headline(run),
         has_teacher=run.teacher is not None,
         table=before_and_after(run),
+        teachers=teacher_rows(run),
         curves_svg=Markup(curves_svg),
         timeline_svg=None if timeline_svg is None else Markup(timeline_svg),
         comparisons=comparisons(run),
@@ -104,11 +105,12 @@ def facts(run: RunData) -> list[str]:
     steps = f"{run.last_step} steps" if run.last_step != 1 else "1 step"
     if planned is not None and run.last_step < planned:
         steps = f"{run.last_step} of {planned} steps: the run goes on, or was cut off"
-    teacher = run.config.get("teacher_model") or ", ".join(run.config.get("teacher_url") or [])
+    named = run.config.get("teacher") or {}
+    teacher = run.config.get("teacher_model") or ", ".join([*(run.config.get("teacher_url") or []), *named])
     parts = [
         ("objective", run.config.get("objective")),
         ("student", run.config.get("student")),
-        ("teacher", teacher),
+        ("teachers" if len(named) > 1 else "teacher", teacher),
     ]
     return [steps, *(f"{label} {value}" for label, value in parts if value)]
 
@@ -143,29 +145,67 @@ def headline(run: RunData) -> list[Figure]:
 
 
 def before_and_after(run: RunData) -> list[TableRow]:
-    """Exact match and KL, over all prompts and by kind; empty without evaluations of the student."""
+    """Exact match and KL, over all prompts, by kind and by teacher; empty without evaluations of the student."""
     if not run.student_evaluations:
         return []
     sides = [row or {} for row in (run.before, run.after, run.teacher)]
     rows = []
-    for label, key, by_kind, show in (
-        ("Exact match", "exact_match", "exact_match_by_kind", percent),
-        ("KL to the teacher, nats per token", "kl_nats", "kl_by_kind", nats),
+    for label, key, stem, show in (
+        ("Exact match", "exact_match", "exact_match", percent),
+        ("KL to the teacher, nats per token", "kl_nats", "kl", nats),
     ):
         if all(side.get(key) is None for side in sides):
             continue
         rows.append(_table_row(label, [show(side.get(key)) for side in sides]))
-        kinds = list(dict.fromkeys(kind for side in sides for kind in side.get(by_kind) or {}))
-        if len(kinds) > 1:
-            for kind in kinds:
-                values = [show((side.get(by_kind) or {}).get(kind)) for side in sides]
-                rows.append(_table_row(kind, values, is_part=True))
+        for by, prefix in (("kind", ""), ("teacher", "teacher ")):
+            of_sides = [side.get(f"{stem}_by_{by}") or {} for side in sides]
+            parts = list(dict.fromkeys(part for of_side in of_sides for part in of_side))
+            if len(parts) > 1:
+                for part in parts:
+                    values = [show(of_side.get(part)) for of_side in of_sides]
+                    rows.append(_table_row(prefix + part, values, is_part=True))
     return rows
 
 
 def _table_row(label: str, values: Sequence[str], *, is_part: bool = False) -> TableRow:
     before, after, teacher = values
     return TableRow(label, before, after, teacher, is_part)
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """What one of a run's teachers did in training. KL: of the first and of the last step that has rows of its own."""
+
+    name: str
+    address: str
+    share_of_tokens: str
+    first_kl: str
+    last_kl: str
+    waited: str
+    bytes_per_token: str
+
+
+def teacher_rows(run: RunData) -> list[TeacherRow]:
+    """A row for each teacher that has a name; empty in a run whose only teacher has none."""
+    all_tokens = sum(_known(run.column("num_valid_tokens")))
+    rows = []
+    for name in run.teacher_names:
+        tokens, waited, num_bytes, kl = (
+            _known(run.column(f"teacher/{name}/{metric}"))
+            for metric in ("num_valid_tokens", "wait_s", "bytes", "kl_nats")
+        )
+        rows.append(
+            TeacherRow(
+                name=name,
+                address=", ".join((run.config.get("teacher") or {}).get(name) or []) or NOT_MEASURED,
+                share_of_tokens=percent(sum(tokens) / all_tokens if all_tokens else None),
+                first_kl=nats(kl[0] if kl else None),
+                last_kl=nats(kl[-1] if kl else None),
+                waited=duration(sum(waited)),
+                bytes_per_token=f"{sum(num_bytes) / sum(tokens):,.0f} B" if sum(tokens) else NOT_MEASURED,
+            )
+        )
+    return rows
 
 
 def comparisons(run: RunData) -> list[Comparison]:
@@ -215,13 +255,15 @@ def _known(values: Sequence[float]) -> list[float]:
 
 def _shown(value: Any) -> str:
     """A setting as a configuration file would spell it."""
+    if value in (None, [], {}, ""):
+        return NOT_MEASURED
     match value:
-        case None | [] | "":
-            return NOT_MEASURED
         case bool():
             return str(value).lower()
         case list():
             return ", ".join(str(item) for item in value)
+        case dict():
+            return ", ".join(f"{name}={_shown(item)}" for name, item in value.items())
         case _:
             return str(value)
 

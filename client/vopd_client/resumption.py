@@ -109,10 +109,11 @@ def rollouts_in_flight(
 
 
 def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """A fingerprint of what both sides see, in order."""
+    """A fingerprint of what both sides see and of who scores it, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         for ids in (prompt.student_ids, prompt.teacher_ids):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.astype("<i8").tobytes())
+        digest.update(prompt.teacher.encode())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""This process's rollouts: sampled or taken from a checkpoint, sent to the teacher, and judged."""
+"""This process's rollouts: sampled or taken from a checkpoint, sent to their teachers, and judged."""
 
 from __future__ import annotations
 
@@ -74,4 +74,5 @@ class RolloutSource:
 
     def _send(self, rollout: Rollout) -> SentRollout:
         prompt = self.run.prompts[rollout.key.prompt_index]
-        return send(rollout, prompt, request=self.run.request, teacher=self.run.teacher)
+        plan = self.run.plans[prompt.teacher]
+        return send(rollout, prompt, request=plan.request, teacher=plan.teacher)

@@ -44,6 +44,12 @@ class RunData:
         return [number(row.get(name)) for row in self.metrics]
 
     @property
+    def teacher_names(self) -> list[str]:
+        """Of the teachers that have one, in the order of their metrics; see `step_metrics`."""
+        columns = (name.split("/") for row in self.metrics for name in row if name.startswith("teacher/"))
+        return list(dict.fromkeys(parts[1] for parts in columns))
+
+    @property
     def student_evaluations(self) -> list[Row]:
         rows = [row for row in self.evaluations if row.get("who") == "student"]
         return sorted(rows, key=lambda row: int(row["step"]))

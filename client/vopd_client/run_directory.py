@@ -26,6 +26,7 @@ from vopd_client.errors import CheckpointError, ConfigError, RunDirectoryError
 FREE_ON_RESUME = frozenset(
     {
         *("output_dir", "name", "resume", "teacher_url", "api_key_file", "plaintext", "tls_ca_file"),
+        *("teacher", "teacher_key_file"),  # whose names and models are pinned in the checkpoint's identity
         *("teacher_timeout_s", "teacher_window", "eval_every", "eval_teacher", "sample_count"),
         *("checkpoint_every", "keep_checkpoints"),
     }

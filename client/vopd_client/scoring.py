@@ -1,14 +1,16 @@
-"""From a rollout to the teacher and back: what is asked, in whose labels, and waiting for it in the open."""
+"""From a rollout to its teacher and back: what is asked, in whose labels, and waiting for it in the open."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from vopd_client.alignment import SupportOwner
+from vopd_client.errors import VopdError
 from vopd_client.handshake import IdSwap
 from vopd_client.interruption import StopRequest
 from vopd_client.render import Prompt
@@ -29,7 +31,7 @@ LOOK_UP_EVERY_S = 0.2  # while waiting: for a signal, and for what the teacher's
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What this run asks the teacher about every rollout.
+    """What this run asks a teacher about every rollout.
 
     support: whose ids the support is; "none": sampled log-probabilities alone; "vocabulary": hidden states.
     swap: the student's end token and the teacher's, exchanged on the way out and back.
@@ -86,6 +88,17 @@ class SentRollout:
         return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids)
 
 
+@contextmanager
+def about_teacher(name: str) -> Iterator[None]:
+    """What goes wrong in here says which teacher it is about, unless the teacher has no name."""
+    try:
+        yield
+    except VopdError as error:
+        if not name:
+            raise
+        raise type(error)(f"teacher {name}: {error}") from error
+
+
 def send(rollout: Rollout, prompt: Prompt, *, request: Request, teacher: Teacher) -> SentRollout:
     """Asks the teacher at once; the answer comes later."""
     flight = Flight()
@@ -114,30 +127,39 @@ class Traffic:
 class Waiter:
     """Waits for answers, and adds up for how long.
 
-    tell_why: hears what the teacher's client says of the delay, again and again while it lasts.
+    teachers: by name, as prompts name them.
+    tell_why: hears what the teacher's client says of the delay, and the teacher's name, again and again while it lasts.
     """
 
     stop: StopRequest
-    teacher: Teacher
-    tell_why: Callable[[str], None]
-    waited_s: float = 0.0
+    teachers: Mapping[str, Teacher]
+    tell_why: Callable[[str, str], None]
+    waited_s_by_teacher: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waited_s_by_teacher = dict.fromkeys(self.teachers, 0.0)
+
+    @property
+    def waited_s(self) -> float:
+        return sum(self.waited_s_by_teacher.values())
 
     def scores(self, sent: SentRollout) -> SequenceScores:
         """The answer to a rollout, in the teacher's labels. Raises: as `answer`."""
-        scores = self.answer(sent.answer)
+        scores = self.answer(sent.prompt.teacher, sent.answer)
         sent.flight.land()  # those who wait are woken before the callback runs
         return scores
 
-    def answer(self, answer: Future[SequenceScores]) -> SequenceScores:
-        """One answer of the teacher's.
+    def answer(self, name: str, answer: Future[SequenceScores]) -> SequenceScores:
+        """One answer of the teacher of this name.
 
         Raises: Interrupted when someone asks for the end meanwhile, and the TeacherError of the answer.
         """
         began = time.perf_counter()
         try:
-            while not wait([answer], timeout=LOOK_UP_EVERY_S).done:
-                self.stop.check()
-                self.tell_why(self.teacher.waiting_reason)
-            return answer.result()
+            with about_teacher(name):
+                while not wait([answer], timeout=LOOK_UP_EVERY_S).done:
+                    self.stop.check()
+                    self.tell_why(self.teachers[name].waiting_reason, name)
+                return answer.result()
         finally:
-            self.waited_s += time.perf_counter() - began
+            self.waited_s_by_teacher[name] += time.perf_counter() - began

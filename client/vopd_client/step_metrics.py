@@ -1,5 +1,7 @@
 """The numbers of one step: sums that processes add up, and the row of metrics.jsonl made of them.
 
+What teachers with names have a part in is there once more for each of them, as `teacher/NAME/...`.
+
 Axes: B sequences, T completion tokens.
 """
 
@@ -35,12 +37,23 @@ class StepSums:
         if task_rewards is not None:
             self.values["task_reward"] += sum(task_rewards)
 
-    def add_microbatch(self, loss: LossOutput, student: StudentOutputs, batch: Batch) -> None:
-        self.values["loss"] += float(loss.loss_sum.detach())
+    def add_microbatch(self, loss: LossOutput, student: StudentOutputs, batch: Batch, *, teacher: str) -> None:
+        """teacher: the name of the one that scored all of it."""
+        self._add(teacher, "loss", float(loss.loss_sum.detach()))
         for name, value in loss.sums.items():
-            self.values[name] += float(value)
+            self._add(teacher, name, float(value))
+        self._add(teacher, "num_valid_tokens", batch.num_valid_tokens)
         self.values["logprob_mismatch"] += logprob_mismatch(student.sampled_logprobs_BT, batch)
-        self.values["num_valid_tokens"] += batch.num_valid_tokens
+
+    def add_traffic(self, bytes_by_teacher: Mapping[str, int]) -> None:
+        for teacher, num_bytes in bytes_by_teacher.items():
+            self._add(teacher, "teacher_bytes", num_bytes)
+
+    def _add(self, teacher: str, name: str, value: float) -> None:
+        """To the sum of all, and to that of a teacher that has a name."""
+        self.values[name] += value
+        if teacher:
+            self.values[f"teacher/{teacher}/{name}"] += value
 
 
 def logprob_mismatch(sampled_logprobs_BT: torch.Tensor, batch: Batch) -> float:
@@ -55,12 +68,14 @@ class StepTimes:
 
     rollout_s: all sampling in that time, be it of this step's rollouts or of the next one's. Waiting for the teacher
     is a part of neither the rollouts nor the update.
+    teacher_wait_s_by_name: the same, by the names of teachers; "" is that of one without a name.
     """
 
     rollout_s: float
     update_s: float
     teacher_wait_s: float
     step_s: float
+    teacher_wait_s_by_name: Mapping[str, float]
 
 
 def metrics_row(
@@ -95,4 +110,21 @@ def metrics_row(
         "update_s": times.update_s,
         "step_s": times.step_s,
         "tokens_per_s": num_valid_tokens / max(times.step_s, 1e-9),
+        **{
+            f"teacher/{teacher}/{name}": value
+            for teacher, wait_s in times.teacher_wait_s_by_name.items()
+            if teacher
+            for name, value in metrics_of_teacher(teacher, totals, wait_s).items()
+        },
     }
+
+
+def metrics_of_teacher(teacher: str, totals: Mapping[str, float], wait_s: float) -> dict[str, Any]:
+    """One teacher's part of a step: its tokens, means over them where there are any, and what it took."""
+    prefix = f"teacher/{teacher}/"
+    sums = {name.removeprefix(prefix): value for name, value in totals.items() if name.startswith(prefix)}
+    num_valid_tokens = int(sums.get("num_valid_tokens", 0))
+    means = {}
+    if num_valid_tokens > 0:
+        means = {"loss": sums["loss"] / num_valid_tokens, **mean_metrics(sums, num_valid_tokens)}
+    return {"num_valid_tokens": num_valid_tokens, **means, "bytes": int(sums["teacher_bytes"]), "wait_s": wait_s}

@@ -1,10 +1,8 @@
-"""Do student, teacher and settings go together? What is asked of the teacher, and what people should know first."""
+"""Do student, teachers and settings go together? What is asked of each teacher, and what people should know first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 from vopd_client.alignment import SupportOwner
 from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
@@ -17,10 +15,11 @@ from vopd_client.handshake import (
     end_token_swap,
 )
 from vopd_client.prompts import Prompt, PromptRow, render_prompts
-from vopd_client.scoring import Request
+from vopd_client.scoring import Request, about_teacher
 from vopd_client.shaping import reward_floor
 from vopd_client.student import LoadedStudent
-from vopd_client.types import SupportKind, Teacher, TeacherInfo
+from vopd_client.teaching_plan import ConnectedTeacher, Teachers, TeachingPlan
+from vopd_client.types import SupportKind, TeacherInfo
 from vopd_proto.fingerprint import token_table
 
 Tell = Callable[[str], None]
@@ -32,23 +31,6 @@ _SUPPORT_OWNERS: dict[SupportKind, SupportOwner] = {
     "sampled": "none",
     "hidden_states": "vocabulary",
 }
-
-
-class ConnectedTeacher(Teacher, Protocol):
-    """A teacher that can also show its tokenizer, to say what differs, and perhaps its output head."""
-
-    def tokenizer(self) -> tuple[list[bytes], str]:
-        """The id -> token table, and the tokenizer's JSON."""
-        ...
-
-    def head_file(self, cache_dir: Path | None = None) -> Path:
-        """The safetensors file of the output head, laid out as teacher.proto says; blocks while it is fetched.
-
-        cache_dir: where what comes over a wire is kept; None: the user's cache directory.
-
-        Raises: TeacherUnsupportedError when the teacher does not give it away.
-        """
-        ...
 
 
 def compare_tokenizers(student: LoadedStudent, teacher: ConnectedTeacher) -> None:
@@ -64,23 +46,28 @@ def render(
     rows: Sequence[PromptRow],
     config: TrainConfig,
     student: LoadedStudent,
-    teacher: ConnectedTeacher,
+    teachers: Teachers,
     *,
     max_new_tokens: int,
 ) -> list[Prompt]:
-    """Both sides of every row as token ids, with room left for the longest completion."""
-    info = teacher.info
-    return render_prompts(
-        rows,
-        tokenizer=student.tokenizer,
-        teacher_chat_template=info.chat_template,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        student_max_length=student.max_length,
-        teacher_max_length=info.max_context_length,
-        teacher_begin_id=info.begin_id,
-        teacher_end_id=info.end_ids[0] if info.end_ids else None,
-    )
+    """Both sides of every row as token ids, with room left for the longest completion; the teacher's as it reads."""
+    prompts: dict[int, Prompt] = {}
+    for name, teacher in teachers.items():
+        info = teacher.info
+        with about_teacher(name):
+            rendered = render_prompts(
+                [row for row in rows if (row.teacher or "") == name],
+                tokenizer=student.tokenizer,
+                teacher_chat_template=info.chat_template,
+                max_prompt_tokens=config.max_prompt_tokens,
+                max_new_tokens=max_new_tokens,
+                student_max_length=student.max_length,
+                teacher_max_length=info.max_context_length,
+                teacher_begin_id=info.begin_id,
+                teacher_end_id=info.end_ids[0] if info.end_ids else None,
+            )
+        prompts |= {prompt.index: prompt for prompt in rendered}
+    return [prompts[row.index] for row in rows]
 
 
 def longest_completion(config: TrainConfig) -> int:
@@ -95,17 +82,48 @@ def needs_vocabulary(config: TrainConfig) -> str:
     return "eval_kl vocabulary" if config.eval_kl == "vocabulary" else ""
 
 
+def plan_teaching(
+    config: TrainConfig, student: LoadedStudent, teachers: Teachers, prompts: Sequence[Prompt], tell: Tell
+) -> dict[str, TeachingPlan]:
+    """What each teacher is asked in training and in evaluation; says where that is not what the settings say.
+
+    prompts: all that teachers are going to see; at least one of each teacher's.
+
+    Raises: HandshakeError for something that a teacher cannot do.
+    """
+    can_measure = config.eval_prompts is not None and all(
+        "hidden_states" in teacher.info.supports for teacher in teachers.values()
+    )  # one mean over all prompts is of one measure
+    measures_vocabulary = config.eval_kl == "vocabulary" or (config.eval_kl == "auto" and can_measure)
+    plans = {}
+    for name, teacher in teachers.items():
+        own = [prompt for prompt in prompts if prompt.teacher == name]
+        tell_of = (lambda message, name=name: tell(f"teacher {name}: {message}")) if name else tell
+        with about_teacher(name):
+            training, evaluation = plan_requests(
+                config, student, teacher, own, tell_of, measures_vocabulary=measures_vocabulary
+            )
+        plans[name] = TeachingPlan(name, teacher, training, evaluation)
+    return plans
+
+
 def plan_requests(
-    config: TrainConfig, student: LoadedStudent, teacher: ConnectedTeacher, prompts: Sequence[Prompt], tell: Tell
+    config: TrainConfig,
+    student: LoadedStudent,
+    teacher: ConnectedTeacher,
+    prompts: Sequence[Prompt],
+    tell: Tell,
+    *,
+    measures_vocabulary: bool = False,
 ) -> tuple[Request, Request]:
-    """What the teacher is asked in training and in evaluation; says where that is not what the settings say.
+    """What one teacher is asked in training and in evaluation; says where that is not what the settings say.
+
+    measures_vocabulary: evaluations take the KL over the whole vocabulary.
 
     Raises: HandshakeError for something the teacher cannot do.
     """
     trains_on_vocabulary = config.objective in FULL_VOCABULARY_OBJECTIVES
     needs_support = config.objective != "opd" and not trains_on_vocabulary
-    can_measure_vocabulary = config.eval_prompts is not None and "hidden_states" in teacher.info.supports
-    measures_vocabulary = config.eval_kl == "vocabulary" or (config.eval_kl == "auto" and can_measure_vocabulary)
     plan: ScoringPlan = check_capabilities(
         teacher.info,
         support=config.support,
@@ -142,13 +160,12 @@ def plan_requests(
 def introduce(
     config: TrainConfig,
     student: LoadedStudent,
-    teacher: ConnectedTeacher,
+    plans: Mapping[str, TeachingPlan],
     prompts: Sequence[Prompt],
     eval_prompts: Sequence[Prompt],
-    request: Request,
 ) -> list[str]:
-    """Who teaches whom what, in three lines."""
-    info, module = teacher.info, student.module
+    """Who teaches whom what: a line for each teacher and two more."""
+    module = student.module
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     supports = {
@@ -157,14 +174,24 @@ def introduce(
         "none": "none",
         "vocabulary": "the whole vocabulary",
     }
+    asked_for = ", ".join(dict.fromkeys(supports[plan.request.support] for plan in plans.values()))
     return [
-        f"teacher: {info.model_id} ({info.engine} {info.engine_version}, {info.dtype}, revision {info.model_revision})",
+        *(_introduce_teacher(plan, prompts, eval_prompts) for plan in plans.values()),
         f"student: {config.student}, {num_parameters:,} parameters, {num_trained:,} of them trained; "
-        f"{module.num_shared_ids} ids shared with the teacher",
-        f"objective: {config.objective}, support: {supports[request.support]}; {len(prompts)} prompts, "
+        f"{module.num_shared_ids} ids shared with the teacher{'s' if len(plans) > 1 else ''}",
+        f"objective: {config.objective}, support: {asked_for}; {len(prompts)} prompts, "
         f"{len(eval_prompts)} held out; {config.steps} steps of {config.prompts_per_step} prompts x "
         f"{config.rollouts_per_prompt} rollouts",
     ]
+
+
+def _introduce_teacher(plan: TeachingPlan, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]) -> str:
+    info = plan.teacher.info
+    who = f"{info.model_id} ({info.engine} {info.engine_version}, {info.dtype}, revision {info.model_revision})"
+    if not plan.name:
+        return f"teacher: {who}"
+    own, held_out = (sum(prompt.teacher == plan.name for prompt in some) for some in (prompts, eval_prompts))
+    return f"teacher {plan.name}: {who}; {own} prompts, {held_out} held out"
 
 
 def bias_warnings(config: TrainConfig) -> list[str]:

@@ -44,10 +44,21 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def describe_step(row: Mapping[str, Any], total_steps: int) -> str:
     """One line about a step, for people."""
     return (
-        f"step {row['step']}/{total_steps}  KL {row['kl_nats']:.4f} nats  loss {row['loss']:+.4f}  "
-        f"grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.1f} tokens/s  {row['step_s']:.2f} s "
-        f"(rollouts {row['rollout_s']:.2f}, update {row['update_s']:.2f}, teacher wait {row['teacher_wait_s']:.2f})"
+        f"step {row['step']}/{total_steps}  KL {row['kl_nats']:.4f} nats{_kl_by_teacher(row)}  "
+        f"loss {row['loss']:+.4f}  grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.1f} tokens/s  "
+        f"{row['step_s']:.2f} s (rollouts {row['rollout_s']:.2f}, update {row['update_s']:.2f}, "
+        f"teacher wait {row['teacher_wait_s']:.2f})"
     )
+
+
+def _kl_by_teacher(row: Mapping[str, Any]) -> str:
+    """` (code 0.1200, math 0.3400)`: of the teachers with names that scored something of the step."""
+    shown = [
+        f"{name.split('/')[1]} {value:.4f}"
+        for name, value in row.items()
+        if name.startswith("teacher/") and name.endswith("/kl_nats")
+    ]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def describe_evaluation(row: Mapping[str, Any]) -> str:
@@ -57,7 +68,8 @@ def describe_evaluation(row: Mapping[str, Any]) -> str:
         by_kind = ", ".join(f"{kind} {share:.1%}" for kind, share in row["exact_match_by_kind"].items())
         parts.append(f"exact match {row['exact_match']:.1%} ({by_kind})")
     if row["kl_nats"] is not None:
-        parts.append(f"KL {row['kl_nats']:.4f} nats")
+        by_teacher = ", ".join(f"{name} {nats:.4f}" for name, nats in (row.get("kl_by_teacher") or {}).items())
+        parts.append(f"KL {row['kl_nats']:.4f} nats" + (f" ({by_teacher})" if by_teacher else ""))
     return "  ".join(parts)
 
 
@@ -148,12 +160,15 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._task, description=f"{self._latest}step {step}: {what}")
 
-    def waiting(self, reason: str, *, step: int) -> None:
-        """Why the step stands still: on the bar at once, as a line now and then."""
+    def waiting(self, reason: str, teacher: str = "", *, step: int) -> None:
+        """Why the step stands still, and for which teacher: on the bar at once, as a line now and then."""
         if not self._enabled:
             return
+        if reason and teacher:
+            reason = f"{teacher}: {reason}"
         if self._progress is not None:
-            what = reason or "waiting for the teacher's scores"
+            whose = f"{teacher}'s" if teacher else "the teacher's"
+            what = reason or f"waiting for {whose} scores"
             self._progress.update(self._task, description=f"{self._latest}step {step}: {what}")
         elif reason and self._clock() - self._told_waiting_at >= WAITING_LINE_EVERY_S:
             self._told_waiting_at = self._clock()

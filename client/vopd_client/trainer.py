@@ -1,6 +1,6 @@
 """On-policy distillation: sample -> score -> step -> log.
 
-The student writes completions, the teacher says how likely it finds them, the objective turns that into gradients.
+The student writes completions, a teacher says how likely it finds them, the objective turns that into gradients.
 Teacher requests leave as rollouts finish and their answers are awaited just before their microbatch is needed; with
 max_staleness 1 they have the whole of the step before for their way, see `pipeline`.
 Backward runs on sums; gradients are divided once by the number of valid tokens of the whole step. A step is either
@@ -9,8 +9,7 @@ complete, logged and counted, or it did not happen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,7 +20,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from vopd_client.batch import plan_microbatches
 from vopd_client.checkpoint import TrainerState, save_checkpoint
 from vopd_client.config import TrainConfig
 from vopd_client.ending import finish_run
@@ -38,7 +36,7 @@ from vopd_client.losses import compute_loss
 from vopd_client.optimization import adam_moment_variance, check_finite, scale_and_clip
 from vopd_client.periodic_evaluation import evaluate, evaluation_due, make_batch
 from vopd_client.pipeline import InFlight, Pipeline
-from vopd_client.preparation import Run, check_objective, connect_teacher, load_rows, prepare_run
+from vopd_client.preparation import Run, check_objective, load_rows, prepare_run
 from vopd_client.processes import Problem, agree, from_main_process, make_accelerator, make_deterministic
 from vopd_client.rollout_files import write_rollouts
 from vopd_client.rollout_source import RolloutSource
@@ -47,12 +45,11 @@ from vopd_client.schedule import dropout_seed, is_due
 from vopd_client.scoring import SentRollout, Traffic, Waiter
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.student import StudentOutputs
-from vopd_client.teaching import ConnectedTeacher
+from vopd_client.teachers import Connect, connect_teacher, connected_teachers
+from vopd_client.teaching_plan import plan_teachers_microbatches
 from vopd_client.timeline import Timeline
 from vopd_client.tracking import RunLog, append_row, print_line
 from vopd_client.types import SequenceScores
-
-Connect = Callable[[TrainConfig, str], ConnectedTeacher]
 
 EXIT_DONE, EXIT_TEACHER_GONE, EXIT_INTERRUPTED = 0, 3, 130
 
@@ -63,9 +60,10 @@ def run_training(
     console: Console | None = None,
     connect: Connect = connect_teacher,
 ) -> int:
-    """One training run, from its settings to its report. `connect` finds the teacher that the settings name.
+    """One training run, from its settings to its report. `connect` finds the teacher that settings name; with several
+    teachers it is called once for each, with the settings of a run that has this one alone.
 
-    Returns: the exit code. 0: done. 130: interrupted, after saving. 3: the teacher was gone for longer than
+    Returns: the exit code. 0: done. 130: interrupted, after saving. 3: a teacher was gone for longer than
         teacher_timeout_s, after saving.
     Raises: VopdError for everything else; what was trained until then is saved where there is anything to save.
     """
@@ -89,9 +87,8 @@ def _run(config: TrainConfig, console: Console, stop: StopRequest, connect: Conn
     check_objective(config)
     with _directory(config, accelerator) as directory:
         rows = load_rows(config)  # malformed rows are reported before anything is loaded
-        tell(f"connecting to the teacher: {config.teacher_model or ', '.join(config.teacher_url)}")
-        with closing(connect(config, str(accelerator.device))) as teacher:
-            run = prepare_run(config, accelerator, directory, rows, teacher, tell)
+        with connected_teachers(config, connect, str(accelerator.device), tell) as teachers:
+            run = prepare_run(config, accelerator, directory, rows, teachers, tell)
             if accelerator.is_main_process:
                 directory.begin(config.model_dump(mode="json"), last_step=run.state.step)
             with RunLog(
@@ -157,7 +154,7 @@ class Trainer:
         self._log = log
         self._stop = stop
         self._module = run.student.module
-        self._traffic = Traffic(run.teacher)
+        self._traffic = {name: Traffic(plan.teacher) for name, plan in run.plans.items()}
         self._rollouts = RolloutSource(run, stop.check)
         self._pipeline = Pipeline[list[SentRollout]](
             max_staleness=run.config.max_staleness,
@@ -203,7 +200,7 @@ class Trainer:
             problem = error
         except torch.OutOfMemoryError as error:
             problem = out_of_memory(step, error)
-        sums.values["teacher_bytes"] = self._traffic.since_last_look()
+        sums.add_traffic({name: traffic.since_last_look() for name, traffic in self._traffic.items()})
 
         # From here on all processes do the same: they stop together, or exchange gradients and step together.
         totals = agree(problem, sums.values)
@@ -215,7 +212,8 @@ class Trainer:
         self._pipeline.complete(step)
 
         rollout_s, step_s = timeline.seconds("sampling"), timeline.elapsed_s
-        times = StepTimes(rollout_s, step_s - rollout_s - waiter.waited_s, waiter.waited_s, step_s)
+        update_s = step_s - rollout_s - waiter.waited_s
+        times = StepTimes(rollout_s, update_s, waiter.waited_s, step_s, waiter.waited_s_by_teacher)
         timeline_row = timeline.to_row(step, sampled_steps=steps_to_sample, flights=[item.flight for item in sent])
         self.state = TrainerState(
             step=step,
@@ -256,7 +254,8 @@ class Trainer:
                 problem = error
             except torch.OutOfMemoryError as error:
                 problem = out_of_memory(step, error)
-            self._traffic.since_last_look()  # an evaluation's bytes are no step's
+            for traffic in self._traffic.values():
+                traffic.since_last_look()  # an evaluation's bytes are no step's
         agree(problem, {})
 
     def save_if_newer(self) -> None:
@@ -280,10 +279,11 @@ class Trainer:
         self._saved_step = self.state.step
 
     def _waiter(self, step: int) -> Waiter:
-        return Waiter(self._stop, self.run.teacher, lambda reason: self._log.waiting(reason, step=step))
+        teachers = {name: plan.teacher for name, plan in self.run.plans.items()}
+        return Waiter(self._stop, teachers, partial(self._log.waiting, step=step))
 
     def _sample(self, step: int) -> list[SentRollout]:
-        """This process's rollouts of a step in the order of their draws, each on its way to the teacher."""
+        """This process's rollouts of a step in the order of their draws, each on its way to its teacher."""
         self._stop.check()
         self._log.doing("sampling", step=step)
         try:
@@ -294,14 +294,14 @@ class Trainer:
     def _accumulate(self, notes: StepNotes, sent: list[SentRollout], task_advantages: list[float]) -> Tensor:
         """Adds up gradients of all microbatches but the last, whose summed loss it returns.
 
-        The plan depends on lengths alone, never on the order in which answers arrive.
+        The plan depends on lengths and teachers alone, never on the order in which answers arrive.
         """
         run, timeline = self.run, notes.timeline
         self._log.doing("update", step=notes.step)
         self._module.train()
         torch.manual_seed(dropout_seed(run.config.seed, notes.step, run.accelerator.process_index))
         run.optimizer.zero_grad()
-        plan = plan_microbatches([item.num_tokens for item in sent], run.config.microbatch_tokens)
+        plan = plan_teachers_microbatches(sent, run.config.microbatch_tokens)
         *earlier, last = [
             ([sent[index] for index in indices], [task_advantages[index] for index in indices]) for indices in plan
         ]
@@ -318,7 +318,7 @@ class Trainer:
             return self._loss_sum(items, scores, advantages, notes)
 
     def _scores(self, items: list[SentRollout], notes: StepNotes) -> list[SequenceScores]:
-        """The teacher's answers, once they are there."""
+        """The answers to one teacher's rollouts, once they are there."""
         self._stop.check()
         with notes.timeline.span("waiting"):
             return [notes.waiter.scores(item) for item in items]
@@ -326,22 +326,12 @@ class Trainer:
     def _loss_sum(
         self, items: list[SentRollout], scores: list[SequenceScores], task_advantages: list[float], notes: StepNotes
     ) -> Tensor:
-        """The loss of one microbatch, summed over its tokens."""
+        """The loss of one microbatch, all of one teacher's, summed over its tokens."""
         run, config = self.run, self.run.config
-        names = [item.prompt.source for item in items]
-        batch = make_batch(run, run.request, [item.rollout for item in items], scores, names, task_advantages)
-        batch = batch.to(run.accelerator.device)
-        student: StudentOutputs = run.model(
-            batch.input_ids_BS,
-            batch.attention_mask_BS,
-            batch.row_index_BT,
-            batch.completion_ids_BT,
-            batch.support_ids_BTK,
-            batch.support_mask_BTK,
-            batch.loss_mask_BT,
-            batch.teacher_hidden_BTH,
-            want_kl_gradient=config.objective == "full-kl",
-        )
+        plan = run.plans[items[0].prompt.teacher]
+        plan.fit(self._module)
+        batch = make_batch(run, plan.request, items, scores, task_advantages).to(run.accelerator.device)
+        student: StudentOutputs = run.model(**batch.student_inputs, want_kl_gradient=config.objective == "full-kl")
         try:
             loss = compute_loss(
                 config.objective,
@@ -353,8 +343,8 @@ class Trainer:
             )
             check_finite(float(loss.loss_sum.detach()), "loss")
         except NonFiniteError as error:
-            raise stopped_before_update(notes.step, names, error) from error
-        notes.sums.add_microbatch(loss, student, batch)
+            raise stopped_before_update(notes.step, [item.prompt.source for item in items], error) from error
+        notes.sums.add_microbatch(loss, student, batch, teacher=plan.name)
         return loss.loss_sum
 
     def _update_weights(self, step: int, num_valid_tokens: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ As a training run begins: the same prompts, sampler, handshake and requests, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -23,13 +23,12 @@ from transformers.utils import logging as transformers_logging
 from vopd_client.alignment import BoolArray
 from vopd_client.batch import collate, plan_microbatches
 from vopd_client.command_config import VarianceConfig
-from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError, OutOfMemory, RunDirectoryError
 from vopd_client.interruption import StopRequest, stop_on_signals
-from vopd_client.preparation import connect_teacher, load_rows, make_sampler
+from vopd_client.preparation import load_rows, make_sampler
 from vopd_client.rollouts.base import Rollout, RolloutKey
 from vopd_client.scoring import SentRollout, Waiter, send
-from vopd_client.teaching import ConnectedTeacher
+from vopd_client.teachers import Connect, connect_teacher
 from vopd_client.tracking import print_line
 from vopd_client.types import TeacherInfo
 from vopd_client.variance_measure import BlockNumbers, assemble, blocks_of_batch, choose_positions, numbers_of_block
@@ -37,7 +36,6 @@ from vopd_client.variance_pair import Pair, choose_rows, prepare_pair, training_
 from vopd_client.variance_report import Owner, SupportRule, VarianceReport, make_report
 from vopd_client.variance_tables import default_console, show_report
 
-Connect = Callable[[TrainConfig, str | None], ConnectedTeacher]
 Chosen = tuple[Rollout, BoolArray]  # and which of its first rows are measured
 
 
@@ -81,9 +79,8 @@ def _measure_pair(
         with _Progress(console) as progress:
             rollouts = sample(pair, stop, progress)
             chosen = choose(pair, rollouts, config.max_positions)
-            blocks = list(
-                measure(pair, chosen, support_rules(config), Waiter(stop, teacher, progress.waiting), progress)
-            )
+            waiter = Waiter(stop, {"": teacher}, lambda reason, _: progress.waiting(reason))
+            blocks = list(measure(pair, chosen, support_rules(config), waiter, progress))
     measured = assemble(
         blocks,
         [rollout for rollout, _ in chosen],

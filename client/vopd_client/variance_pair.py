@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from vopd_client.command_config import VarianceConfig
 from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError
-from vopd_client.preparation import fit_to_teacher
 from vopd_client.prompts import Prompt, PromptRow
 from vopd_client.schedule import prompts_of_step
 from vopd_client.scoring import Request
 from vopd_client.student import LoadedStudent, load_student
-from vopd_client.teaching import ConnectedTeacher, Tell, compare_tokenizers, plan_requests, render
+from vopd_client.teaching import Tell, compare_tokenizers, plan_teaching, render
+from vopd_client.teaching_plan import ConnectedTeacher, fit_to_teachers
 from vopd_client.types import TeacherInfo
 from vopd_client.variance_report import Owner
 
@@ -87,11 +87,14 @@ def prepare_pair(
     settings = settings_for(settings, teacher.info, largest)
     student = load_student(settings.student, trust_remote_code=settings.trust_remote_code, device=settings.device)
     compare_tokenizers(student, teacher)
-    prompts = render(rows, settings, student, teacher, max_new_tokens=settings.max_new_tokens)
-    request, _ = plan_requests(settings, student, teacher, prompts, tell)
-
-    fit_to_teacher(student, teacher, settings, request, needs_head=request.support == "vocabulary", tell=tell)
+    teachers = {"": teacher}
+    prompts = render(rows, settings, student, teachers, max_new_tokens=settings.max_new_tokens)
+    plans = plan_teaching(settings, student, teachers, prompts, tell)
+    plan = fit_to_teachers(student, plans, temperature=settings.temperature, head_cache=settings.head_cache, tell=tell)[
+        ""
+    ]
     module = student.module.eval()
+    plan.fit(module)
     if largest > module.num_shared_ids:
         raise ConfigError(
             f"support_sizes: K = {largest} > {module.num_shared_ids}, the number of ids that both models have"
@@ -99,4 +102,4 @@ def prepare_pair(
     info = teacher.info
     tell(f"teacher: {info.model_id} ({info.engine} {info.engine_version}, {info.dtype})")
     tell(f"student: {settings.student}; {module.num_shared_ids} ids shared with the teacher")
-    return Pair(settings, student, teacher, prompts, request)
+    return Pair(settings, student, teacher, prompts, plan.request)

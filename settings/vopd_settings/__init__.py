@@ -79,7 +79,9 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
-        return text.removesuffix(" (default: None)").removesuffix(" (default factory: list)")
+        for no_value in ("(default: None)", "(default factory: list)", "(default factory: dict)"):
+            text = text.removesuffix(f" {no_value}")
+        return text
 
 
 def _loader_type(

@@ -21,15 +21,16 @@ from vopd_client.batch import collate
 from vopd_client.command_config import EvalConfig
 from vopd_client.errors import DataError
 from vopd_client.eval_command import run_eval
-from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teacher, spread_over_kinds
+from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teachers, spread_over_kinds
 from vopd_client.handshake import IdSwap
 from vopd_client.held_out_kl import KlMeasurement
 from vopd_client.prompts import Prompt
-from vopd_client.rollouts.base import Rollout, RolloutKey
+from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.transformers import RolloutSampler, greedy
 from vopd_client.scoring import Request, SentRollout
 from vopd_client.student import LoadedStudent, load_student
 from vopd_client.teacher_greedy import accept, greedy_by_scoring, guess_next
+from vopd_client.teaching_plan import TeachingPlan
 from vopd_client.types import Candidates, NoSupport, SequenceScores, SequenceToScore, TeacherInfo, TeacherTopK
 
 MAX_NEW_TOKENS = 12
@@ -176,14 +177,16 @@ def measurement(student: LoadedStudent, teacher: ModelTeacher, *, top_k: int, su
                     future.set_result(teacher.score(sequence))
         return sent.answer.result()
 
-    def make_batch(rollouts: Sequence[Rollout], scores: Sequence[SequenceScores], names: Sequence[str]) -> Any:
+    def make_batch(_request: Request, sent: Sequence[SentRollout], scores: Sequence[SequenceScores]) -> Any:
+        rollouts, names = [item.rollout for item in sent], [item.prompt.source for item in sent]
         return collate(rollouts, scores, prompt_names=names, pad_id=student.pad_id, num_shared_ids=student.vocab_size)
 
     sampler = RolloutSampler(
         student.module.model, num_shared_ids=student.vocab_size, end_ids=student.end_ids, pad_id=student.pad_id,
         max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, top_k=top_k, support_mass=support_mass, seed=7, batch_size=4,
     )  # fmt: skip
-    return KlMeasurement(teacher, sampler, lambda p, rollout: request.of(rollout, p), make_batch, 64, receive)
+    plan = TeachingPlan("", teacher, request, request)  # type: ignore[arg-type]
+    return KlMeasurement({"": plan}, sampler, make_batch, 64, receive)
 
 
 def test_the_kl_of_a_full_support_is_the_mean_exact_kl_over_the_sampled_tokens(
@@ -303,8 +306,14 @@ def test_a_teacher_s_ending_ends_its_answer(student: LoadedStudent, teacher_dir:
     unended = decoded_greedily(teacher, prompts, 10)
     teacher.end_ids = (int(unended[0][4]), int(unended[1][0]))  # make it end where it is known to pass
     expected = decoded_greedily(teacher, prompts, 10)
-    evaluation, _ = evaluate_teacher(
-        teacher, student.tokenizer, prompts, step=0, max_new_tokens=10, sample_count=7, student_completions=unended
+    evaluation = evaluate_teachers(
+        {"": teacher},
+        student.tokenizer,
+        prompts,
+        step=0,
+        max_new_tokens=10,
+        sample_count=7,
+        student_completions=unended,
     )
     assert [ids.tolist() for ids in evaluation.completion_ids] == [ids.tolist() for ids in expected]
     assert len(evaluation.completion_ids[1]) == 1
@@ -316,7 +325,7 @@ def test_a_teacher_s_ending_ends_its_answer(student: LoadedStudent, teacher_dir:
 def test_the_reference_answer_is_the_first_draft(student: LoadedStudent, teacher_dir: Path) -> None:
     teacher = ModelTeacher(teacher_dir, student.end_ids)
     (prompt,) = make_prompts(student.tokenizer, ["one"], answer="forty-two", verifier="contains")
-    evaluate_teacher(teacher, student.tokenizer, [prompt], step=0, max_new_tokens=12, sample_count=1)
+    evaluate_teachers({"": teacher}, student.tokenizer, [prompt], step=0, max_new_tokens=12, sample_count=1)
     drafted = teacher.asked[0][0].completion_ids
     assert student.tokenizer.decode(drafted[:10]) == "forty-two<|end|>"
     assert len(drafted) == 11  # and one more row, to go on from if all of it is right
@@ -356,7 +365,7 @@ def write_prompts(path: Path, *rows: dict[str, Any]) -> str:
 def test_the_eval_command_prints_a_table_and_writes_json(tiny_model_dir: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "[one]"}], "teacher_prompt": "1", "answer": ".", "verifier": "regex"},
-        {"prompt": "two", "answer": "never said", "kind": "hard"},
+        {"prompt": "two", "answer": "never said", "kind": "hard", "teacher": "math"},
     ]
     screen = StringIO()
     config = EvalConfig(
@@ -370,6 +379,7 @@ def test_the_eval_command_prints_a_table_and_writes_json(tiny_model_dir: Path, t
     assert "wrong, expected 'never said'" in screen.getvalue()
     written = json.loads((tmp_path / "result.json").read_text("utf-8"))
     assert written["exact_match"] == 0.5
+    assert written["exact_match_by_teacher"] == {"math": 0.0}  # of rows that name one
     assert len(written["samples"]) == 2
 
     as_teacher = run_eval(config.model_copy(update={"as_teacher": True}), Console(file=StringIO()))

@@ -16,8 +16,9 @@ from fake_local_teacher import FakeLocalTeacher
 from tiny_model import write_tiny_model
 from training_runs import ROLLOUTS_A_STEP, Runs, same_bits
 from vopd_client.errors import ConfigError, TeacherUnavailableError
-from vopd_client.preparation import check_objective, default_window
+from vopd_client.preparation import check_objective
 from vopd_client.run_directory import read_rows
+from vopd_client.teachers import default_window
 
 pytestmark = pytest.mark.usefixtures("fresh_process_state", "no_report")
 

@@ -236,7 +236,7 @@ async def test_the_first_replica_that_answers_is_taken_without_a_pause(teacher_t
         TeacherClient([gone.url, teacher.url], timing=time.timing) as client,
     ):
         assert client.info.model_id == "fake"
-        assert sum(time.slept_s) == 0.0
+        assert time.slept_s[0] == 0.0  # later ones are before the absent replica is tried again
 
 
 @pytest.fixture

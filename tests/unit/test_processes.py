@@ -28,6 +28,15 @@ def test_sums_add_up_when_nobody_has_a_problem() -> None:
     }
 
 
+def test_a_process_without_rollouts_of_one_teacher_has_none_of_its_sums() -> None:
+    exchange = among((None, {"loss": 2.0, "teacher/math/loss": 2.0}))
+    assert agree(None, {"loss": 1.0, "teacher/code/loss": 1.0}, exchange=exchange) == {
+        "loss": 3.0,
+        "teacher/code/loss": 1.0,
+        "teacher/math/loss": 2.0,
+    }
+
+
 @pytest.mark.parametrize("problem", [Interrupted(), TeacherUnavailableError("gone for 600 s")])
 def test_the_problem_of_one_process_stops_the_others(problem: Problem) -> None:
     with pytest.raises(type(problem)) as caught:

@@ -14,7 +14,16 @@ import yaml
 
 from vopd_client.errors import RunDirectoryError
 from vopd_client.plots import running_mean
-from vopd_client.report import before_and_after, comparisons, duration, facts, headline, render_page, write_report
+from vopd_client.report import (
+    before_and_after,
+    comparisons,
+    duration,
+    facts,
+    headline,
+    render_page,
+    teacher_rows,
+    write_report,
+)
 from vopd_client.run_data import read_run
 
 
@@ -151,6 +160,37 @@ def test_the_page_names_the_numbers_of_the_run(tmp_path: Path) -> None:
         ("after training", "student at 10", True),
         ("the teacher", "teacher at 0", False),
     ]
+
+
+def test_a_run_with_several_teachers_has_a_row_for_each(tmp_path: Path) -> None:
+    rows = metrics(3, num_valid_tokens=30, **{"teacher/code/num_valid_tokens": 0, "teacher/math/num_valid_tokens": 30})
+    for row in rows:
+        row |= {"teacher/math/kl_nats": row["kl_nats"], "teacher/math/wait_s": 0.5, "teacher/math/bytes": 1500}
+        row |= {"teacher/code/wait_s": 0.0, "teacher/code/bytes": 0}
+    rows[1] |= {"teacher/code/num_valid_tokens": 15, "teacher/math/num_valid_tokens": 15}
+    rows[1] |= {"teacher/code/kl_nats": 0.25, "teacher/code/bytes": 300, "teacher/code/wait_s": 2.0}
+    by_teacher = {"exact_match_by_teacher": {"code": 0.5, "math": 0.75}, "kl_by_teacher": {"code": 1.0, "math": 1.5}}
+    evaluations = [evaluation(0, 0.625, 1.25) | by_teacher, evaluation(3, 0.7, 0.5)]
+    config = CONFIG | {"teacher_url": [], "teacher": {"math": ["grpc://a:1"], "code": ["grpc://b:1", "grpc://c:1"]}}
+    run = read_run(make_run(tmp_path / "run", rows, evaluations, config))
+    assert facts(run)[-1] == "teachers code, math"
+    assert [tuple(vars(row).values()) for row in teacher_rows(run)] == [
+        ("code", "grpc://b:1, grpc://c:1", "16.7%", "0.250", "0.250", "2.0 s", "20 B"),
+        ("math", "grpc://a:1", "83.3%", "1.500", "0.500", "1.5 s", "60 B"),
+    ]
+    parts = [(row.label, row.before, row.after) for row in before_and_after(run) if row.label.startswith("teacher ")]
+    assert parts == [
+        ("teacher code", "50%", "–"),
+        ("teacher math", "75%", "–"),
+        ("teacher code", "1.000", "–"),
+        ("teacher math", "1.500", "–"),
+    ]
+    _, page = write_report(run.path)
+    text = page.read_text("utf-8")
+    assert "By teacher" in text
+    assert "those of teacher code" in text  # a curve's label
+    assert "code=grpc://b:1, grpc://c:1, math=grpc://a:1" in text
+    assert teacher_rows(read_run(make_run(tmp_path / "one", metrics(2), [], CONFIG))) == []
 
 
 def test_a_run_that_is_not_finished_says_so_and_claims_no_result(tmp_path: Path) -> None:

@@ -173,6 +173,37 @@ async def test_what_a_live_teacher_says_of_the_delay_is_told_until_an_answer_com
     assert patience.waiting_reason == ""
 
 
+async def test_parts_of_the_work_have_attempts_of_their_own_and_one_time_out():
+    time = FakeTime()
+    whole = Patience(60.0, time.timing())
+    parts = [whole.beside(f"teacher {name}") for name in "ab"]
+    whole.clock.begin()
+    await parts[0].back_off(REFUSED, None)
+    assert parts[0].waiting_reason.startswith("teacher a unavailable: connection refused")
+    assert parts[1].waiting_reason == whole.waiting_reason == ""
+    time.now_s += 50
+    parts[1].progressed()
+    time.now_s += 50
+    await parts[0].back_off(REFUSED, None)  # the other one's answer counts
+    time.now_s += 60
+    with pytest.raises(TeacherUnavailableError, match="for 60 s; last: connection refused"):
+        await parts[0].back_off(REFUSED, None)
+
+
+async def test_what_else_may_be_the_reason_is_told_where_there_is_none_of_its_own():
+    time, missing = FakeTime(), ["1 of 2 replicas missing"]
+    patience = Patience(60.0, time.timing(), also=lambda: missing[0])
+    assert patience.waiting_reason == ""
+    patience.clock.begin()
+    time.now_s += 12
+    assert patience.waiting_reason == "1 of 2 replicas missing (12 of 60 s)"
+    patience.told("a queue")
+    assert patience.waiting_reason == "teacher busy: a queue (12 of 60 s)"
+    missing[0] = ""
+    patience.progressed()
+    assert patience.waiting_reason == ""
+
+
 async def test_progress_starts_the_backoff_over():
     time = FakeTime()
     patience = Patience(1e9, Timing(now=lambda: time.now_s, sleep=time.sleep, rng=HighestDraw()))

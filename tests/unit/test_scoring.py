@@ -50,8 +50,8 @@ class FakeTeacher:
         return self.future
 
 
-def waiter(teacher: FakeTeacher, stop: StopRequest, told: list[str]) -> Waiter:
-    return Waiter(stop, teacher, told.append)  # type: ignore[arg-type]
+def waiter(teacher: FakeTeacher, stop: StopRequest, told: list[tuple[str, str]]) -> Waiter:
+    return Waiter(stop, {"": teacher}, lambda reason, name: told.append((name, reason)))  # type: ignore[dict-item]
 
 
 def sent(teacher: FakeTeacher) -> SentRollout:
@@ -85,11 +85,11 @@ def test_end_tokens_are_exchanged_in_completion_and_support_and_never_in_the_con
 
 
 def test_waiting_tells_why_and_ends_with_the_answer() -> None:
-    teacher, told = FakeTeacher(), []
+    teacher, told = FakeTeacher(), list[tuple[str, str]]()
     threading.Timer(0.5, teacher.future.set_result, [SCORES]).start()
     waiting = waiter(teacher, StopRequest(), told)
     assert waiting.scores(sent(teacher)) is SCORES
-    assert set(told) == {teacher.waiting_reason}
+    assert set(told) == {("", teacher.waiting_reason)}
     assert waiting.waited_s > 0
 
 

@@ -118,6 +118,25 @@ def test_why_the_teacher_is_waited_for_is_a_line_now_and_then_and_not_every_look
     assert text.getvalue().splitlines() == ["step 3: teacher unavailable: refused"] * 2
 
 
+def test_which_of_several_teachers_is_waited_for_is_said(tmp_path: Path) -> None:
+    run, (out, text) = RunDirectory(tmp_path), console()
+    with log_of(run, out) as log:
+        log.waiting("teacher unavailable: refused", "math", step=3)
+        row = {**ROW, "teacher/code/kl_nats": 0.75, "teacher/math/kl_nats": 1.5, "teacher/math/bytes": 12}
+        log.step(row)
+        log.evaluation({**EVALUATION, "kl_by_teacher": {"code": 1.25}})
+    waiting, step, evaluation = text.getvalue().splitlines()
+    assert waiting == "step 3: math: teacher unavailable: refused"
+    assert "KL 1.2500 nats (code 0.7500, math 1.5000)  loss" in step
+    assert evaluation.endswith("KL 1.5000 nats (code 1.2500)")
+    assert scalars(run, "train/teacher/math/kl_nats") == [(1, 1.5)]
+    assert scalars(run, "eval_student/kl_by_teacher/code") == [(0, 1.25)]
+    out, text = console(terminal=True)
+    with log_of(run, out) as log:
+        log.waiting("", "math", step=3)
+    assert "step 3: waiting for math's scores" in text.getvalue()
+
+
 def test_a_terminal_shows_the_step_the_kl_and_the_reason_for_waiting(tmp_path: Path) -> None:
     out, text = console(terminal=True)
     with log_of(RunDirectory(tmp_path), out) as log:
