@@ -115,8 +115,12 @@ class FakeHttpTeacher(FakeTeacher):
 
     async def stop(self) -> None:
         if self._listener is not None:
+            for listening in self._listener.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            # What was accepted just now is not among the connections yet, and would be leaked by asyncio, with a
+            # warning at some later time, if its server were closed before.
+            await asyncio.sleep(0.01)
             self._listener.close()
-            await asyncio.sleep(0.01)  # what was accepted just now is not among the connections yet
             connections = list(self._connections)
             self.drop_connections()
             for connection in connections:
