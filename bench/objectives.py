@@ -193,6 +193,8 @@ class Bench:
             num_prompts=len(read_jsonl(self.work / "data" / run.task / "heldout.jsonl")),
             kl_nats=start["kl_nats"],
             kl_by_kind={},
+            exact_match_by_teacher={},
+            kl_by_teacher={},
             samples=(),
             completion_ids=(),
         )

@@ -173,8 +173,10 @@ class FakeHttpTeacher(FakeTeacher):
                 await writer.drain()
                 await asyncio.sleep(reply.pause_s)
             if reply.cut_after is not None:
+                cut = list(self._connections.values()) if reply.cut_all else [writer]  # none that is made meanwhile
                 await asyncio.sleep(0.01)  # so that what was written is not thrown away with the connection
-                self.drop_connections() if reply.cut_all else writer.transport.abort()
+                for each in cut:
+                    each.transport.abort()
                 self.num_cut += 1
                 return
             writer.write(connection.send(h11.EndOfMessage()))

@@ -279,7 +279,7 @@ def running() -> Iterator[RunningTeacher]:
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -315,7 +315,8 @@ def test_whatever_stands_in_any_place_of_a_body_is_scored_or_refused(way: Way, r
                 inner = inner[name]
             inner[place[-1]] = value
             sent["extra"] = extra if len(statuses) % 2 else None
-            response = http.post(way.path, json=sent)
+            # Infinity and NaN are no JSON, and some libraries write them all the same.
+            response = http.post(way.path, content=json.dumps(sent), headers={"Content-Type": "application/json"})
             statuses.append(response.status_code)
             if response.status_code != 200:
                 assert response.status_code in (404, 409, 422), response.text
