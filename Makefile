@@ -43,12 +43,12 @@ test: install model browser ## All tests
 # vLLM pins torch and transformers: an environment of its own. Its own warnings are not ours to be strict about.
 test-vllm: install model ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
-	.venv-vllm/bin/python -m pytest -W default tests/with_vllm tests/contract
+	.venv-vllm/bin/python -m pytest -W default -k vllm tests/with_vllm tests/contract
 
 # TRL is tested as published, in an environment of its own, whose own warnings are not ours to be strict about.
-test-trl: ## The client for TRL's trainers, and TRL's own trainer with our teacher, with the real TRL
-	PYTHON=$(PYTHON) sh tests/with_trl/env.sh .venv-trl
-	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -W default tests/with_trl
+test-trl: install ## The client for TRL's trainers, and TRL's own trainer with our teacher, with the real TRL
+	PYTHON=$(PYTHON) sh tests/with_trl/env.sh .venv-trl $(VENV)
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -W default --numprocesses 2 tests/with_trl
 
 bench: install model ## Scored tokens a second and bytes a token, over the network
 	$(BIN)/python bench/scoring.py --model $(MODEL) --json bench/results/scoring.json
