@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-START_TIMEOUT_S = 120.0
+from warm_python import WarmProcess, can_be_warm
+
+START_TIMEOUT_S = 240.0
 ANNOUNCED = re.compile(
     r"ready at (?P<grpc>grpcs?://\S+?:(?P<port>\d+))"
     r"(, (?P<http>https?://\S+?:\d+))?( \(admin (?P<admin>http://\S+?:\d+)\))?: "
@@ -24,7 +26,7 @@ ANNOUNCED = re.compile(
 class RunningTeacher:
     """A teacher that is ready, or was. As a context manager it is gone at the end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | WarmProcess, log_path: Path) -> None:
         self._process = process
         self._log_path = log_path
         self.pid = process.pid
@@ -100,6 +102,20 @@ def spawn(command: Sequence[str], env: dict[str, str] | None = None) -> RunningT
     return RunningTeacher(process, Path(log_file.name))
 
 
+def spawn_warm(arguments: Sequence[str], env: dict[str, str] | None = None) -> RunningTeacher:
+    """The same with `vopd-server ARGUMENTS`, forked from a Python that has imported torch and transformers."""
+    with tempfile.NamedTemporaryFile(prefix="teacher-", suffix=".log", delete=False) as log_file:
+        process = WarmProcess(
+            "vopd_server.main",
+            arguments,
+            stdout=log_file.fileno(),
+            stderr=log_file.fileno(),
+            env={**os.environ, **(env or {})},
+            own_group=True,
+        )
+    return RunningTeacher(process, Path(log_file.name))
+
+
 def start_teacher(
     model_dir: Path | str,
     *flags: str,
@@ -107,14 +123,20 @@ def start_teacher(
     http_port: int = 0,
     env: dict[str, str] | None = None,
     timeout_s: float = START_TIMEOUT_S,
+    afresh: bool = False,
 ) -> RunningTeacher:
     """Serves `model_dir` and returns when the teacher is ready. Port 0: any free one.
+
+    afresh: in a Python that has imported nothing yet, as users start it, five seconds later.
 
     Raises: RuntimeError, with the teacher's log, when it does not get ready.
     """
     ports = ["--port", str(port), "--http-port", str(http_port), "--admin-port", "0"]
-    command = ["-m", "vopd_server.main", "serve", "--model", str(model_dir), *ports, *flags]
-    teacher = spawn(command, env)
+    arguments = ["serve", "--model", str(model_dir), *ports, *flags]
+    if afresh or not can_be_warm():
+        teacher = spawn(["-m", "vopd_server.main", *arguments], env)
+    else:
+        teacher = spawn_warm(arguments, env)
     try:
         teacher.wait_until_ready(timeout_s)
     except BaseException:

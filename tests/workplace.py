@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from teacher_process import RunningTeacher, start_teacher
 from tiny_model import write_tiny_model
 from vopd_client.run_directory import read_rows
+from warm_python import WarmProcess
 
 STEPS = 24
 NUM_PROMPTS = 8
@@ -29,16 +30,25 @@ PATIENCE_S = 120.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-class Trainer:
-    """`vopd-client train` in a process of its own."""
+def start_client(
+    arguments: list[str], log_file: BinaryIO, env: dict[str, str], *, afresh: bool
+) -> subprocess.Popen[bytes] | WarmProcess:
+    module = "vopd_client.cli"
+    if afresh:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=env)
+    stdout = log_file.fileno()
+    return WarmProcess(module, arguments, stdout=stdout, stderr=stdout, env=env, own_group=False, draws=False)
 
-    def __init__(self, arguments: list[str], log_path: Path, env: dict[str, str]) -> None:
+
+class Trainer:
+    """`vopd-client train` in a process of its own. afresh: in a new Python; draws its report."""
+
+    def __init__(self, arguments: list[str], log_path: Path, env: dict[str, str], *, afresh: bool) -> None:
         self._log_path = log_path
+        env = {**os.environ, **ONE_THREAD, **env}
         with log_path.open("wb") as log_file:
-            command = [sys.executable, "-m", "vopd_client.cli", "train", *arguments]
-            self.process = subprocess.Popen(
-                command, stdout=log_file, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD, **env}
-            )
+            self.process = start_client(["train", *arguments], log_file, env, afresh=afresh)
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")
@@ -70,7 +80,12 @@ class Workplace:
 
     @contextmanager
     def trainer(
-        self, name: str, url: str | dict[str, str], *flags: str, env: dict[str, str] | None = None
+        self,
+        name: str,
+        url: str | dict[str, str],
+        *flags: str,
+        env: dict[str, str] | None = None,
+        afresh: bool = False,
     ) -> Iterator[Trainer]:
         """url: the teacher's, or those of several by their names."""
         settings = {
@@ -94,7 +109,7 @@ class Workplace:
         else:
             given += [word for teacher, its_url in url.items() for word in ("--teacher", f"{teacher}={its_url}")]
         log_path = self.directory / f"{name}-{time.monotonic_ns()}.log"
-        trainer = Trainer([*given, "--deterministic", *flags], log_path, env or {})
+        trainer = Trainer([*given, "--deterministic", *flags], log_path, env or {}, afresh=afresh)
         try:
             yield trainer
         finally:
@@ -102,9 +117,9 @@ class Workplace:
                 trainer.process.kill()
                 trainer.process.wait()
 
-    def complete(self, name: str, url: str | dict[str, str], *flags: str) -> str:
+    def complete(self, name: str, url: str | dict[str, str], *flags: str, afresh: bool = False) -> str:
         """Trains to the end; what was printed."""
-        with self.trainer(name, url, *flags) as trainer:
+        with self.trainer(name, url, *flags, afresh=afresh) as trainer:
             assert trainer.wait() == 0, trainer.log()
             return trainer.log()
 

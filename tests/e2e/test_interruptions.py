@@ -31,8 +31,8 @@ def teacher(place: Workplace) -> Iterator[RunningTeacher]:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Workplace, teacher: RunningTeacher) -> str:
-    """The name of a run that was left alone."""
-    place.complete("undisturbed", teacher.url)
+    """The name of a run that was left alone, in a Python of its own."""
+    place.complete("undisturbed", teacher.url, afresh=True)
     assert [row["step"] for row in place.metrics("undisturbed")] == list(range(1, STEPS + 1))
     return "undisturbed"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm_python import WarmProcess
 
 # Not sums: math-verify takes "987*654", repeated from the question, for its value.
 QUESTIONS = [
@@ -26,16 +26,18 @@ def test_questions_with_numbers_are_sampled_and_judged_by_math_verify(demo_model
         for question, answer, kind in QUESTIONS
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable, "-m", "vopd_client.cli", "eval", "--model", str(demo_model_dir),
+    arguments = [
+        "eval", "--model", str(demo_model_dir),
         "--prompts", str(tmp_path / "data.jsonl"), "--json-file", str(tmp_path / "result.json"), "--device", "cpu",
         "--verifier", "math", "--samples-per-prompt", "4", "--temperature", "0.6", "--max-new-tokens", "24",
     ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "140"}, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert "avg@4" in done.stdout
+    told, complaints, env = tmp_path / "told.txt", tmp_path / "complaints.txt", os.environ | {"COLUMNS": "140"}
+    with told.open("wb") as out, complaints.open("wb") as err:
+        process = WarmProcess(
+            "vopd_client.cli", arguments, stdout=out.fileno(), stderr=err.fileno(), env=env, own_group=False
+        )
+    assert process.wait(240) == 0, complaints.read_text()
+    assert "avg@4" in told.read_text()
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["num_prompts"], result["num_completions"]) == (4, 16)
     known, unknown = result["by_kind"]["known"], result["by_kind"]["unknown"]

@@ -44,7 +44,7 @@ def urls(teachers: dict[str, RunningTeacher]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(place: Workplace, urls: dict[str, str]) -> str:
     """The name of a run that was left alone; nothing else needs both teachers alive."""
-    place.complete("undisturbed", urls)
+    place.complete("undisturbed", urls, afresh=True)
     return "undisturbed"
 
 

@@ -38,7 +38,7 @@ def test_three_trainings_outlive_the_teacher_that_they_share(place: Workplace) -
         key_flags[tenant_id] = ("--api-key-file", str(key_path))
     with ExitStack() as stack:
         first = stack.enter_context(place.teacher("--keys-file", str(keys_file)))
-        place.complete("undisturbed", first.url, *key_flags["alice"])
+        place.complete("undisturbed", first.url, *key_flags["alice"], afresh=True)
         trainers = {
             tenant_id: stack.enter_context(place.trainer(tenant_id, first.url, *key_flags[tenant_id]))
             for tenant_id in TENANTS

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from teacher_process import RunningTeacher
+from warm_python import WarmProcess
 from workplace import ONE_THREAD, PATIENCE_S, Workplace
 
 pytestmark = pytest.mark.e2e
+
+CLIENT = "vopd_client.cli"
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +33,34 @@ def teacher(place: Workplace) -> Iterator[RunningTeacher]:
         yield running
 
 
+def arguments(place: Workplace, *flags: str) -> list[str]:
+    return ["variance", "--student", str(place.student_dir), "--prompts", str(place.prompts), "--device", "cpu", *flags]
+
+
+def environment(place: Workplace) -> dict[str, str]:
+    return {**os.environ, **ONE_THREAD, "XDG_CACHE_HOME": str(place.directory / "cache")}
+
+
 def start(place: Workplace, *flags: str) -> subprocess.Popen[str]:
-    given = ["--student", str(place.student_dir), "--prompts", str(place.prompts), "--device", "cpu", *flags]
     return subprocess.Popen(
-        [sys.executable, "-m", "vopd_client.cli", "variance", *given],
+        [sys.executable, "-m", CLIENT, *arguments(place, *flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ONE_THREAD, "XDG_CACHE_HOME": str(place.directory / "cache")},
+        env=environment(place),
     )
 
 
 def measured(place: Workplace, path: Path, *flags: str) -> tuple[dict, str]:
     """The JSON and what was printed."""
-    process = start(place, "--max-new-tokens", "8", "--support-sizes", "1,4,32", "--json-file", str(path), *flags)
-    printed, complaints = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, complaints
-    return json.loads(path.read_text()), printed
+    given = arguments(place, "--max-new-tokens", "8", "--support-sizes", "1,4,32", "--json-file", str(path), *flags)
+    printed, complaints = path.with_suffix(".out"), path.with_suffix(".err")
+    with printed.open("wb") as out, complaints.open("wb") as err:
+        process = WarmProcess(
+            CLIENT, given, stdout=out.fileno(), stderr=err.fileno(), env=environment(place), own_group=False
+        )
+    assert process.wait(PATIENCE_S) == 0, complaints.read_text()
+    return json.loads(path.read_text()), printed.read_text()
 
 
 def values(part: object) -> list[float]:

@@ -17,6 +17,7 @@ import pytest
 
 from objectives_plan import OBJECTIVES, QUICK
 from tiny_model import write_tiny_model
+from warm_python import WarmProcess
 
 BENCH = Path(__file__).parents[2] / "bench"
 PATIENCE_S = 240.0
@@ -29,14 +30,19 @@ class Place:
         self.out, self.work = directory / "results", directory / "work"
         self.model = write_tiny_model(directory / "model")
         self.log = directory / "log.txt"
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[WarmProcess] = []
 
-    def start(self, *flags: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(BENCH / "objectives.py"), "--model", str(self.model), "--quick"]
-        command += ["--out", str(self.out), "--work", str(self.work), *flags]
+    def start(self, *flags: str) -> WarmProcess:
+        given = ["--model", str(self.model), "--quick", "--out", str(self.out), "--work", str(self.work), *flags]
         with self.log.open("ab") as log_file:
-            process = subprocess.Popen(
-                command, stdout=log_file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            process = WarmProcess(
+                str(BENCH / "objectives.py"),
+                given,
+                stdout=log_file.fileno(),
+                stderr=log_file.fileno(),
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                own_group=False,
+                draws=False,
             )
         self._started.append(process)
         return process
@@ -49,7 +55,7 @@ class Place:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
         return found
 
-    def wait_until(self, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    def wait_until(self, process: WarmProcess, condition: Callable[[], bool]) -> None:
         give_up_s = time.monotonic() + PATIENCE_S
         while not condition():
             assert process.poll() is None, self.log.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,19 @@ from vopd_client.types import Candidates, HiddenStates, NoSupport, SequenceScore
 def scheme(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture(scope="module")
+def lasting(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
+    """For the tests that leave it as it was."""
+    with start_teacher(tiny_model_dir) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def giving_its_head(tiny_model_dir: Path) -> Iterator[RunningTeacher]:
+    with start_teacher(tiny_model_dir, "--allow-full-vocab") as server:
+        yield server
 
 
 def url_of(server: RunningTeacher, scheme: str) -> str:
@@ -52,9 +66,9 @@ def assert_equal_scores(first: list[SequenceScores], second: list[SequenceScores
         np.testing.assert_array_equal(one.support_ids, other.support_ids)
 
 
-def test_a_real_teacher_gives_the_same_scores_by_request_and_by_stream(scheme: str, tiny_model_dir: Path):
+def test_a_real_teacher_gives_the_same_scores_by_request_and_by_stream(scheme: str, lasting: RunningTeacher):
     asked = real_sequences()
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme), window=16) as teacher:
+    with RemoteTeacher.connect(url_of(lasting, scheme), window=16) as teacher:
         streamed = [future.result() for future in [teacher.submit(question) for question in asked]]
         assert_equal_scores(teacher.score(asked), streamed, tolerance_nats=1e-4)
         assert streamed[1].counts_T.tolist() == [5] * 30
@@ -103,15 +117,12 @@ def test_a_real_teacher_with_other_weights_is_refused_after_a_restart(
 
 
 def test_a_real_teachers_hidden_states_and_head_are_its_whole_distribution(
-    scheme: str, tiny_model_dir: Path, tmp_path: Path
+    scheme: str, giving_its_head: RunningTeacher, tmp_path: Path
 ):
     rng = np.random.default_rng(1)
     context, completion = rng.integers(0, 256, 20), rng.integers(0, 256, 30)
     temperature, k = 0.7, 259
-    with (
-        start_teacher(tiny_model_dir, "--allow-full-vocab") as server,
-        RemoteTeacher.connect(url_of(server, scheme), temperature=temperature) as teacher,
-    ):
+    with RemoteTeacher.connect(url_of(giving_its_head, scheme), temperature=temperature) as teacher:
         asked = SequenceToScore(context, completion, HiddenStates())
         [scores, whole] = teacher.score([asked, SequenceToScore(context, completion, TeacherTopK(k))])
         streamed = teacher.submit(asked).result()
@@ -131,16 +142,16 @@ def test_a_real_teachers_hidden_states_and_head_are_its_whole_distribution(
         )
 
 
-def test_a_real_teacher_that_was_not_told_to_keeps_its_head(scheme: str, tiny_model_dir: Path, tmp_path: Path):
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme)) as teacher:
+def test_a_real_teacher_that_was_not_told_to_keeps_its_head(scheme: str, lasting: RunningTeacher, tmp_path: Path):
+    with RemoteTeacher.connect(url_of(lasting, scheme)) as teacher:
         with pytest.raises(TeacherUnsupportedError, match="--allow-full-vocab"):
             teacher.head_file(tmp_path)
         with pytest.raises(TeacherUnsupportedError, match="hidden_states"):
             teacher.submit(SequenceToScore(np.arange(3), np.arange(3), HiddenStates())).result()
 
 
-def test_a_real_teacher_names_the_field_that_is_wrong(scheme: str, tiny_model_dir: Path):
-    with start_teacher(tiny_model_dir) as server, RemoteTeacher.connect(url_of(server, scheme)) as teacher:
+def test_a_real_teacher_names_the_field_that_is_wrong(scheme: str, lasting: RunningTeacher):
+    with RemoteTeacher.connect(url_of(lasting, scheme)) as teacher:
         wrong = SequenceToScore(np.array([1]), np.array([100_000]))
         with pytest.raises(TeacherRequestError, match="completion_ids"):
             teacher.submit(wrong).result()

@@ -70,7 +70,8 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 async def test_it_says_what_it_serves_and_where_and_logs_calls_without_their_text(tiny_model_dir: Path) -> None:
-    with start_teacher(tiny_model_dir, "--dtype", "float32", "--max-top-k", "77", "--log-format", "json") as teacher:
+    flags = ["--dtype", "float32", "--max-top-k", "77", "--log-format", "json"]
+    with start_teacher(tiny_model_dir, *flags, afresh=True) as teacher:
         (line,) = [line for line in teacher.log().splitlines() if "ready at" in line]
         for told in (str(tiny_model_dir), "engine transformers", "dtype float32", "32768 tokens a sequence", "77 ids"):
             assert told in line
@@ -191,7 +192,7 @@ def test_wrong_settings_are_one_line_and_exit_code_2(
 
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the teacher ended with 2 before it was ready:") as failed:
-        start_teacher(tmp_path / "no-such-model")
+        start_teacher(tmp_path / "no-such-model", afresh=True)
     told = str(failed.value)
     assert "Traceback" not in told
     assert f"vopd-server: cannot load the model '{tmp_path}/no-such-model'" in told

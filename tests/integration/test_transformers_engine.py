@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tiny_model import tiny_tokenizer, write_tiny_model
 from vopd_server.engines.transformers import EngineStats, TransformersEngine
 from vopd_server.errors import EngineError, InvalidRequestError, UnavailableError
 from vopd_server.types import HiddenStates, Scores, TeacherTopK
+from warm_python import WarmProcess
 
 
 @pytest.fixture(scope="module")
@@ -248,17 +251,23 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 """
 
 
-def test_deterministic_scores_have_the_same_bits_in_any_company_and_process(tiny_model_dir: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", DIGEST_SCRIPT, str(tiny_model_dir), str(concurrency), str(context_cache_tokens)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for concurrency, context_cache_tokens in ((1, 0), (1, 1000), (24, 0))
-    ]
-    outputs = [process.communicate(timeout=200)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+def test_deterministic_scores_have_the_same_bits_in_any_company_and_process(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Two processes are forked from one Python, the third is one of its own."""
+    script = tmp_path / "digest.py"
+    script.write_text(DIGEST_SCRIPT)
+    paths = [tmp_path / f"{index}.txt" for index in range(3)]
+    arguments = [[str(tiny_model_dir), *numbers] for numbers in (("1", "0"), ("1", "1000"), ("24", "0"))]
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        processes: list[WarmProcess | subprocess.Popen[bytes]] = [
+            WarmProcess(str(script), given, stdout=file.fileno(), stderr=2, env={**os.environ}, own_group=False)
+            for file, given in zip(files[:2], arguments[:2], strict=True)
+        ]
+        processes.append(subprocess.Popen([sys.executable, str(script), *arguments[2]], stdout=files[2]))
+        assert [process.wait(200) for process in processes] == [0, 0, 0]
+    outputs = [path.read_text().split() for path in paths]
     digests, forwards = {digest for digest, _ in outputs}, [int(count) for _, count in outputs]
     assert len(digests) == 1
     assert forwards[0] > forwards[1] == forwards[2]  # alone and with nothing kept, every context was read again
