@@ -1,6 +1,6 @@
 """Writes bench/data/chain_sum/: the task of `make bench-objectives` that has steps to be taken.
 
-    pip install -e '.[bench]'; python bench/make_chain_sum.py
+    pip install -e '.[tasks]'; python bench/make_chain_sum.py
 
 The questions are those of reasoning-gym's `chain_sum`, three numbers of one digit, additions only. The teacher sees
 three solved examples that write the two partial sums, the student sees the question and a line that asks for them;

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vopd_client.chat_templates import chat_options, check_has_chats
 from vopd_client.command_config import EvalConfig
 from vopd_client.errors import DataError, RunDirectoryError
-from vopd_client.evaluation import NO_KIND, Evaluation, evaluate_student
+from vopd_client.evaluation import Evaluation, evaluate_student
+from vopd_client.judging import NO_KIND
 from vopd_client.prompts import Prompt, PromptRow, RowFormat, load_prompts, render_prompts
 from vopd_client.sampled_evaluation import SampledEvaluation, Sampling, Scores, evaluate_sampled
 from vopd_client.sampled_metrics import INTERVAL_METHOD, Estimate
@@ -29,10 +31,11 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Evaluation |
     Raises: DataError, before the model is loaded, for malformed rows or when no row has an answer; ConfigError for a
         model that cannot be loaded; RunDirectoryError when the JSON file cannot be written.
     """
-    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix)
+    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix, config.answer_form)
     rows = load_prompts(config.prompts, default_verifier=config.verifier, row_format=row_format)
     if all(row.answer is None for row in rows):
         raise DataError(f"{config.prompts}: no row has an answer to compare with")
+    check_has_chats(chat_options(config), rows)
     rows = [only_what_is_seen(row, as_teacher=config.as_teacher) for row in rows]
     loaded = load_student(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
     prompts = render_prompts(
@@ -43,6 +46,7 @@ def run_eval(config: EvalConfig, console: Console | None = None) -> Evaluation |
         max_new_tokens=config.max_new_tokens,
         student_max_length=loaded.max_length,
         teacher_max_length=loaded.max_length,
+        chat_options=chat_options(config),
     )
     loaded.module.num_shared_ids = min(loaded.vocab_size, len(token_table(loaded.tokenizer)))
     console = console or Console()
@@ -167,9 +171,10 @@ def _cells(scores: Scores) -> list[str]:
 
 def _write_json(path: Path, evaluation: Evaluation | SampledEvaluation, config: EvalConfig) -> None:
     result: dict[str, Any] = {"model": config.model, "prompts": config.prompts, "as_teacher": config.as_teacher}
+    how: tuple[str, ...] = ("max_new_tokens", "verifier")
     if isinstance(evaluation, SampledEvaluation):
-        how = ("samples_per_prompt", "temperature", "top_p", "sampling_top_k", "seed", "max_new_tokens", "verifier")
-        result |= {name: getattr(config, name) for name in how}
+        how = ("samples_per_prompt", "temperature", "top_p", "sampling_top_k", "seed", *how)
+    result |= {name: getattr(config, name) for name in how}
     text = json.dumps(result | evaluation.to_row(), indent=2, ensure_ascii=False)
     try:
         path.write_text(text + "\n", encoding="utf-8")

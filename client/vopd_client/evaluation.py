@@ -1,4 +1,5 @@
-"""How good a student is on held-out prompts: exact match of its greedy completions, and its KL to its teachers."""
+"""How good a student is on held-out prompts: exact match of its greedy completions or measures of sampled ones, and
+its KL to its teachers."""
 
 from __future__ import annotations
 
@@ -11,21 +12,20 @@ from typing import Any, Literal
 import numpy as np
 
 from vopd_client.held_out_kl import KlMeasurement, kl_of_tokens, sample_and_send
+from vopd_client.judging import completion_text, is_right, kind_of, questions_hash, spread_over_kinds, teacher_of
 from vopd_client.prompts import Prompt
 from vopd_client.rollouts.decoding import MixedPrecision
 from vopd_client.rollouts.transformers import greedy
+from vopd_client.sampled_evaluation import SampledEvaluation, Sampling, evaluate_sampled
 from vopd_client.student import StudentForTraining
 from vopd_client.teacher_greedy import greedy_by_scoring
 from vopd_client.types import SequenceScores, Teacher
-from vopd_client.verify import matches
 from vopd_proto.arrays import IntArray
 
 __all__ = [
     "Evaluation", "KlMeasurement", "Sample",
-    "completion_text", "evaluate_student", "evaluate_teachers", "judge", "spread_over_kinds", "summarise",
+    "evaluate_student", "evaluate_teachers", "judge", "spread_over_kinds", "summarise",
 ]  # fmt: skip
-
-NO_KIND = "all"  # what rows without a kind are counted under
 
 Who = Literal["student", "teacher"]
 ValueOfPrompt = tuple[Prompt, float]
@@ -33,7 +33,8 @@ ValueOfPrompt = tuple[Prompt, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """A greedy completion, to show people; `correct` is None for a prompt without an answer."""
+    """A greedy completion, or the first that was sampled, to show people; `correct` is None for a prompt without an
+    answer."""
 
     prompt: str
     completion: str
@@ -49,6 +50,8 @@ class Evaluation:
     exact_match: share of the prompts with an answer that were answered right; None when no prompt has one.
     kl_nats: mean over the tokens of one sampled completion a prompt, see `KlMeasurement`; None: not measured.
     exact_match_by_teacher, kl_by_teacher: of the prompts of every teacher that has a name.
+    right, questions_hash: of every prompt with an answer whether it was answered right, and which prompts these are.
+    sampled: measures over several completions a prompt, in place of exact match.
     completion_ids: all greedy completions, end tokens included, in the prompts' order; not part of the row.
     """
 
@@ -63,9 +66,13 @@ class Evaluation:
     kl_by_teacher: dict[str, float]
     samples: tuple[Sample, ...]
     completion_ids: tuple[IntArray, ...] = field(repr=False, compare=False)
+    right: tuple[bool, ...] = ()
+    questions_hash: str = ""
+    sampled: SampledEvaluation | None = None
 
     def to_row(self) -> dict[str, Any]:
         """The row of evals.jsonl."""
+        per_prompt = {"questions_hash": self.questions_hash, "num_right": [int(right) for right in self.right]}
         return {
             "step": self.step,
             "who": self.who,
@@ -77,6 +84,7 @@ class Evaluation:
             "exact_match_by_teacher": self.exact_match_by_teacher,
             "kl_by_teacher": self.kl_by_teacher,
             "samples": [asdict(sample) for sample in self.samples],
+            **(per_prompt if self.sampled is None else self.sampled.to_compact_row()),
         }
 
 
@@ -93,12 +101,37 @@ def evaluate_student(
     sample_count: int,
     mixed_precision: MixedPrecision = "no",
     kl: KlMeasurement | None = None,
+    sampling: Sampling | None = None,
 ) -> Evaluation:
     """Greedy completions against the answers, and the KL to the teachers where `kl` says how.
 
-    Teachers score the sampled completions while the greedy ones are written. The student is left as it was.
+    With `sampling` several completions of each prompt with an answer, of which there is one, in place of the greedy.
+    Teachers score the completions of the KL while these are written. The student is left as it was.
     """
     sent = [] if kl is None else sample_and_send(kl, prompts)
+    if sampling is not None:
+        sampled = evaluate_sampled(
+            student,
+            tokenizer,
+            prompts,
+            sampling=sampling,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sample_count=sample_count,
+            mixed_precision=mixed_precision,
+        )
+        return summarise(
+            prompts,
+            [],
+            [],
+            step=step,
+            who="student",
+            kl_by_token=[] if kl is None else kl_of_tokens(kl, student, sent, mixed_precision),
+            sample_count=sample_count,
+            sampled=sampled,
+        )
     completions = greedy(
         student.model,
         [prompt.student_ids for prompt in prompts],
@@ -172,7 +205,7 @@ def evaluate_teachers(
 
 def _answer_drafts(prompt: Prompt, tokenizer: Any, end_ids: Sequence[int]) -> list[IntArray]:
     """The reference answer and the end, where the answer is a text that could be the completion."""
-    if prompt.answer is None or prompt.verifier == "regex":
+    if prompt.answer is None or prompt.verifier in {"regex", "reasoning-gym"}:
         return []
     ids = tokenizer(prompt.answer, add_special_tokens=False).input_ids
     return [np.array([*ids, *end_ids[:1]], np.int64)]
@@ -188,20 +221,9 @@ def judge(
     samples = []
     for prompt, ids in zip(prompts, completions, strict=True):
         text = completion_text(tokenizer, ids, end_ids)
-        correct = None
-        if prompt.answer is not None:
-            assert prompt.verifier is not None, "an answer comes with a verifier"
-            correct = matches(text, prompt.answer, prompt.verifier)
+        correct = None if prompt.answer is None else is_right(prompt, text)
         samples.append(Sample(prompt.text, text, prompt.answer, correct, prompt.kind))
     return samples
-
-
-def completion_text(tokenizer: Any, completion_ids: IntArray, end_ids: frozenset[int]) -> str:
-    """The completion without its end token and without special tokens."""
-    ids = completion_ids.tolist()
-    if ids and ids[-1] in end_ids:
-        ids = ids[:-1]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def summarise(
@@ -213,47 +235,36 @@ def summarise(
     who: Who,
     kl_by_token: Sequence[ValueOfPrompt],
     sample_count: int,
+    sampled: SampledEvaluation | None = None,
 ) -> Evaluation:
-    """Means over all, by kind and by teacher; `samples` are one a prompt, and `sample_count` of them are shown."""
-    judged = [
-        (prompt, float(sample.correct))
-        for prompt, sample in zip(prompts, samples, strict=True)
-        if sample.correct is not None
-    ]
-    shown = spread_over_kinds([sample.kind for sample in samples], sample_count)
+    """Means over all, by kind and by teacher; `samples` are one a prompt, and `sample_count` of them are shown.
+
+    sampled: what there is in place of greedy samples, none of which are given then.
+    """
+    judged = []
+    if sampled is None:
+        pairs = zip(prompts, samples, strict=True)
+        judged = [(prompt, float(sample.correct)) for prompt, sample in pairs if sample.correct is not None]
+        shown = [samples[place] for place in spread_over_kinds([sample.kind for sample in samples], sample_count)]
+    else:
+        prompts_shown = (sampled.prompts[place] for place in sampled.shown)
+        shown = [Sample(it.prompt, it.first_completion, it.answer, it.correct[0], it.kind) for it in prompts_shown]
     return Evaluation(
         step=step,
         who=who,
         exact_match=_mean(judged),
         exact_match_by_kind=_means(judged, by=kind_of),
-        num_prompts=len(samples),
+        num_prompts=len(prompts),
         kl_nats=_mean(kl_by_token),
         kl_by_kind=_means(kl_by_token, by=kind_of),
         exact_match_by_teacher=_means(judged, by=teacher_of),
         kl_by_teacher=_means(kl_by_token, by=teacher_of),
-        samples=tuple(samples[position] for position in shown),
+        samples=tuple(shown),
         completion_ids=tuple(completions),
+        right=tuple(bool(value) for _, value in judged),
+        questions_hash=questions_hash([(prompt.text, prompt.answer or "") for prompt, _ in judged]),
+        sampled=sampled,
     )
-
-
-def kind_of(prompt: Prompt) -> str:
-    return prompt.kind or NO_KIND
-
-
-def teacher_of(prompt: Prompt) -> str:
-    """Empty: it has no name, and nothing of its own to say."""
-    return prompt.teacher
-
-
-def spread_over_kinds(kinds: Sequence[str | None], count: int) -> list[int]:
-    """Positions of `count` rows, the kinds taking turns, each in its order: the same rows at every evaluation."""
-    order = list(dict.fromkeys(kinds))
-    seen: dict[str | None, int] = dict.fromkeys(order, 0)
-    ranked: list[tuple[int, int, int]] = []  # (how many of its kind came before, its kind, position)
-    for position, kind in enumerate(kinds):
-        ranked.append((seen[kind], order.index(kind), position))
-        seen[kind] += 1
-    return [position for _, _, position in sorted(ranked)[:count]]
 
 
 def _mean(values: Sequence[ValueOfPrompt]) -> float | None:

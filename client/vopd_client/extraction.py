@@ -1,4 +1,4 @@
-r"""The answer inside a completion: the last \boxed{...}, and the letter of a multiple-choice question. No torch."""
+r"""The answer inside a completion: the last \boxed{...}, <answer> or line; the letter of a choice. No torch."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def last_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[box.end() : brace.start()].strip()
     return None
+
+
+def tagged_answer(completion_text: str) -> str | None:
+    """What the last complete <answer>...</answer> holds, else the last line that is not empty; None without any text.
+
+    The tags are how reasoning-gym's system prompts ask for answers, and read as its `extract_answer` reads them. A
+    model that answers without them is not failed for the form: what precedes a closing `</think>` is left out, and
+    the last line of the rest is its answer.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", completion_text, re.DOTALL)
+    if tagged:
+        return str(tagged[-1]).strip()
+    lines = completion_text.rpartition("</think>")[2].strip().splitlines()
+    return lines[-1].strip() if lines else None
 
 
 def choice_letter(completion_text: str) -> str | None:

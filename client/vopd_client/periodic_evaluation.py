@@ -12,9 +12,11 @@ from vopd_client.evaluation import Evaluation, evaluate_student, evaluate_teache
 from vopd_client.held_out_kl import KlMeasurement
 from vopd_client.preparation import Run, make_sampler
 from vopd_client.run_directory import read_rows
-from vopd_client.schedule import evaluation_seed, is_due
+from vopd_client.sampled_evaluation import Sampling
+from vopd_client.schedule import evaluation_samples_seed, evaluation_seed, is_due
 from vopd_client.scoring import Request, SentRollout, Waiter
 from vopd_client.teaching import measures_teacher
+from vopd_client.train_config import TrainConfig
 from vopd_client.types import SequenceScores, Teacher
 from vopd_proto.arrays import IntArray
 
@@ -91,6 +93,20 @@ def _evaluate_student(run: Run, step: int, receive: Callable[[SentRollout], Sequ
         sample_count=run.config.sample_count,
         mixed_precision=run.config.mixed_precision,
         kl=_kl_measurement(run, receive),
+        sampling=_sampling(run.config),
+    )
+
+
+def _sampling(config: TrainConfig) -> Sampling | None:
+    """How completions to be judged are drawn; None: they are greedy."""
+    if config.eval_samples_per_prompt == 1:
+        return None
+    return Sampling(
+        samples_per_prompt=config.eval_samples_per_prompt,
+        temperature=config.eval_temperature,
+        top_p=config.eval_top_p,
+        top_k=config.eval_top_k,
+        seed=evaluation_samples_seed(config.seed),
     )
 
 

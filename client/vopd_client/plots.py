@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from vopd_client.evaluation_rows import parts
 from vopd_client.run_data import RunData, number
+from vopd_client.sampled_metrics import Estimate
 
 # Colours that keep apart for colour-blind readers and read on white as well as on a dark page.
 BLUE, ORANGE, GREEN, PURPLE, PINK = "#3f7fd9", "#e07b2f", "#2a9d78", "#8f6fd1", "#d0568c"
@@ -87,7 +89,7 @@ def _figure(run: RunData, *, width_inches: float, title: bool) -> Figure:
         objective = f"  ·  {run.config['objective']}" if "objective" in run.config else ""
         figure.suptitle(f"{run.name}{objective}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     panels: Sequence[Callable[[Any, RunData], None]] = (
-        _kl, _exact_match if run.kinds else _completions, _seconds, _grad_norm, _variance, _support,
+        _kl, _answers if run.kinds else _completions, _seconds, _grad_norm, _variance, _support,
     )  # fmt: skip
     for axes, draw in zip(figure.subplots(2, 3).flat, panels, strict=True):
         draw(axes, run)
@@ -115,18 +117,21 @@ def _kl(axes: Any, run: RunData) -> None:
     axes.legend(loc="best")
 
 
-def _exact_match(axes: Any, run: RunData) -> None:
-    axes.set_title("Exact match, held-out prompts")
+def _answers(axes: Any, run: RunData) -> None:
+    """Exact match or avg@n by kind, the latter with its interval."""
+    main = run.main_measure
+    label = "Exact match" if main is None or main.key == "exact_match" else main.label
+    axes.set_title(f"{label}, held-out prompts")
     for index, kind in enumerate(run.kinds):
         colour = KIND_COLOURS[index % len(KIND_COLOURS)] if len(run.kinds) > 1 else BLUE
-        points = [
-            (row["step"], number((row.get("exact_match_by_kind") or {}).get(kind))) for row in run.student_evaluations
-        ]
+        found = (
+            [(row["step"], parts(row, main.key, "kind").get(kind)) for row in run.student_evaluations] if main else []
+        )
+        points = [(step, value) for step, value in found if value is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=6, label=kind)
-        if run.teacher is not None:
-            own = number(run.teacher["exact_match_by_kind"].get(kind))
-            axes.axhline(own, color=colour, linestyle=DASHES, linewidth=1.3)
+            band(axes, [step for step, _ in points], [value for _, value in points], colour, kind)
+        own = number(((run.teacher or {}).get("exact_match_by_kind") or {}).get(kind))
+        axes.axhline(own, color=colour, linestyle=DASHES, linewidth=1.3)
     if run.teacher is not None:
         axes.plot([], [], color=INK, alpha=0.7, linestyle=DASHES, linewidth=1.3, label="the teacher itself")
     axes.set_ylim(-0.03, 1.05)
@@ -210,6 +215,17 @@ def _curve(axes: Any, run: RunData, name: str, colour: str, label: str | None = 
     if not is_part:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     axes.plot(steps, running_mean(values, len(values) // 50), color=colour, linewidth=width, label=label)
+
+
+def band(
+    axes: Any, xs: Sequence[float], values: Sequence[Estimate], colour: str, label: str | None, **marks: Any
+) -> None:
+    """A line through means, and the area of their intervals where they have any."""
+    axes.fill_between(
+        xs, [value.low for value in values], [value.high for value in values], color=colour, alpha=0.16, linewidth=0
+    )
+    style = {"marker": "o", "markersize": 6} | marks
+    axes.plot(xs, [value.mean for value in values], color=colour, label=label, **style)
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:

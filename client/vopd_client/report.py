@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vopd_client.errors import RunDirectoryError
-from vopd_client.run_data import RunData, number, read_run
+from vopd_client.evaluation_rows import SAMPLED, interval, measures, parts, with_interval
+from vopd_client.page import render_template
+from vopd_client.run_data import Row, RunData, number, read_run
+from vopd_client.sampled_metrics import INTERVAL_METHOD, Estimate
 
 NOT_MEASURED = "–"
+TEACHER_NOTE = "the teacher itself:"
 PACKAGES = ("vopd", "torch", "transformers", "accelerate", "peft", "numpy", "grpcio")
 
 
@@ -42,28 +46,24 @@ def write_report(run_dir: Path) -> list[Path]:
 
 def render_page(run: RunData, *, curves_svg: str, timeline_svg: str | None = None) -> str:
     """report.html; everything that comes from the run is escaped. timeline_svg: None leaves that part out."""
-    import jinja2
     from markupsafe import Markup
 
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("vopd_client", package_path=""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return templates.get_template("report_template.html.j2").render(
-        name=run.name,
-        facts=facts(run),
-        figures=headline(run),
-        has_teacher=run.teacher is not None,
-        table=before_and_after(run),
-        teachers=teacher_rows(run),
-        curves_svg=Markup(curves_svg),
-        timeline_svg=None if timeline_svg is None else Markup(timeline_svg),
-        comparisons=comparisons(run),
-        settings={name: _shown(value) for name, value in run.config.items()},
-        environment=environment(),
+    return render_template(
+        "report_template.html.j2",
+        {
+            "name": run.name,
+            "facts": facts(run),
+            "figures": headline(run),
+            "has_teacher": run.teacher is not None,
+            "table": before_and_after(run),
+            "sampled_hint": sampled_hint(run),
+            "teachers": teacher_rows(run),
+            "curves_svg": Markup(curves_svg),
+            "timeline_svg": None if timeline_svg is None else Markup(timeline_svg),
+            "comparisons": comparisons(run),
+            "settings": {name: spelled(value) for name, value in run.config.items()},
+            "environment": environment(),
+        },
     )
 
 
@@ -119,10 +119,14 @@ def headline(run: RunData) -> list[Figure]:
     """The numbers that a reader wants first; those that were not measured are left out."""
     before, after, teacher = (row or {} for row in (run.before, run.after, run.teacher))
     found = []
-    if after.get("exact_match") is not None:
-        notes = [("from", before.get("exact_match")), ("the teacher itself:", teacher.get("exact_match"))]
-        note = "; ".join(f"{label} {percent(value)}" for label, value in notes if value is not None)
-        found.append(Figure("Exact match, held-out", percent(after["exact_match"]), note))
+    for measure in measures(after)[:1]:
+        start = next((of_start.estimate.mean for of_start in measures(before) if of_start.key == measure.key), None)
+        around = f"{interval(measure.estimate)} %" if measure.key in SAMPLED else None
+        of_teacher = None if teacher.get("exact_match") is None else percent(teacher["exact_match"])
+        notes = [("95 %:", around), ("from", None if start is None else percent(start)), (TEACHER_NOTE, of_teacher)]
+        note = "; ".join(f"{label} {value}" for label, value in notes if value is not None)
+        label = "Exact match" if measure.key == "exact_match" else measure.label
+        found.append(Figure(f"{label}, held-out", percent(measure.estimate.mean), note))
     if after.get("kl_nats") is not None:
         start, end, where = before.get("kl_nats"), after["kl_nats"], ", held-out"
     else:
@@ -149,7 +153,7 @@ def before_and_after(run: RunData) -> list[TableRow]:
     if not run.student_evaluations:
         return []
     sides = [row or {} for row in (run.before, run.after, run.teacher)]
-    rows = []
+    rows = sampled_rows(sides)
     for label, key, stem, show in (
         ("Exact match", "exact_match", "exact_match", percent),
         ("KL to the teacher, nats per token", "kl_nats", "kl", nats),
@@ -165,6 +169,35 @@ def before_and_after(run: RunData) -> list[TableRow]:
                     values = [show(of_side.get(part)) for of_side in of_sides]
                     rows.append(_table_row(prefix + part, values, is_part=True))
     return rows
+
+
+def sampled_rows(sides: Sequence[Row]) -> list[TableRow]:
+    """avg@n, pass@n and maj@n with intervals, by kind and by teacher; a side without has dashes."""
+
+    def shown(values: Sequence[Estimate | None]) -> list[str]:
+        return [NOT_MEASURED if value is None else with_interval(value) for value in values]
+
+    found = [{measure.key: measure for measure in measures(side)} for side in sides]
+    rows = []
+    for key in SAMPLED:
+        there = next((of_side[key] for of_side in found if key in of_side), None)
+        if there is None:
+            continue
+        values = [of_side[key].estimate if key in of_side else None for of_side in found]
+        rows.append(_table_row(there.label, shown(values)))
+        for by, prefix in (("kind", ""), ("teacher", "teacher ")):
+            of_sides = [parts(side, key, "kind" if by == "kind" else "teacher") for side in sides]
+            names = list(dict.fromkeys(name for of_side in of_sides for name in of_side))
+            for name in names if len(names) > 1 else []:
+                cells = shown([of_side.get(name) for of_side in of_sides])
+                rows.append(_table_row(prefix + name, cells, is_part=True))
+    return rows
+
+
+def sampled_hint(run: RunData) -> str:
+    """What stands in the parentheses of sampled measures; empty in a run without."""
+    main = run.main_measure
+    return f"In parentheses: {INTERVAL_METHOD}." if main is not None and main.key in SAMPLED else ""
 
 
 def _table_row(label: str, values: Sequence[str], *, is_part: bool = False) -> TableRow:
@@ -253,7 +286,7 @@ def _known(values: Sequence[float]) -> list[float]:
     return [value for value in values if value == value]
 
 
-def _shown(value: Any) -> str:
+def spelled(value: Any) -> str:
     """A setting as a configuration file would spell it."""
     if value in (None, [], {}, ""):
         return NOT_MEASURED
@@ -263,7 +296,7 @@ def _shown(value: Any) -> str:
         case list():
             return ", ".join(str(item) for item in value)
         case dict():
-            return ", ".join(f"{name}={_shown(item)}" for name, item in value.items())
+            return ", ".join(f"{name}={spelled(item)}" for name, item in value.items())
         case _:
             return str(value)
 

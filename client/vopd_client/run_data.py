@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vopd_client.errors import RunDirectoryError
+from vopd_client.evaluation_rows import Measure, measures
 from vopd_client.run_directory import RunDirectory, read_rows
 
 Row = Mapping[str, Any]
@@ -72,7 +73,14 @@ class RunData:
     @property
     def kinds(self) -> list[str]:
         """Kinds of held-out prompts, in the order of the evaluations."""
-        return list(dict.fromkeys(kind for row in self.evaluations for kind in row.get("exact_match_by_kind") or {}))
+        by_kind = [row.get(key) or {} for row in self.evaluations for key in ("exact_match_by_kind", "by_kind")]
+        return list(dict.fromkeys(kind for kinds in by_kind for kind in kinds))
+
+    @property
+    def main_measure(self) -> Measure | None:
+        """What the student's evaluations measure first: exact match, or avg@n; None: nothing but the KL."""
+        found = (measures(row) for row in reversed(self.student_evaluations))
+        return next((of_row[0] for of_row in found if of_row), None)
 
 
 def number(value: object) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vopd_client.evaluation import NO_KIND, completion_text, spread_over_kinds
+from vopd_client.judging import NO_KIND, completion_text, is_right, questions_hash, spread_over_kinds
 from vopd_client.prompts import Prompt
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.decoding import MixedPrecision
@@ -26,7 +26,7 @@ from vopd_client.sampled_metrics import (
     pass_at_n,
 )
 from vopd_client.student import StudentForTraining
-from vopd_client.verify import extract_answer, matches, same_answer
+from vopd_client.verify import extract_answer, same_answer
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class JudgedPrompt:
     correct: tuple[bool, ...]
     majority: int | None
     first_completion: str
+    teacher: str = ""
+
+    @property
+    def is_majority_right(self) -> bool:
+        return self.majority is not None and self.correct[self.majority]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class SampledEvaluation:
 
     num_cut: completions that reached the length limit without an end.
     shown: positions in `prompts` of those to be shown to people.
+    scores_by_teacher: of the prompts of every teacher that has a name.
     """
 
     samples_per_prompt: int
@@ -81,6 +87,7 @@ class SampledEvaluation:
     num_cut: int
     prompts: tuple[JudgedPrompt, ...]
     shown: tuple[int, ...]
+    scores_by_teacher: dict[str, Scores]
 
     @property
     def num_completions(self) -> int:
@@ -92,13 +99,25 @@ class SampledEvaluation:
         for position, row in enumerate(rows):
             if position not in self.shown:
                 del row["prompt"], row["first_completion"]
+            if not row["teacher"]:
+                del row["teacher"]
+        return {**asdict(self.scores), **self.to_compact_row(), "per_prompt": rows}
+
+    def to_compact_row(self) -> dict[str, Any]:
+        """The scores, and of every prompt two numbers: its right samples, and whether the majority is right."""
+        measures = asdict(self.scores)
+        del measures["num_prompts"]
         return {
-            **asdict(self.scores),
+            "samples_per_prompt": self.samples_per_prompt,
+            **measures,
             "interval": INTERVAL_METHOD,
             "by_kind": {kind: asdict(scores) for kind, scores in self.scores_by_kind.items()},
+            "by_teacher": {teacher: asdict(scores) for teacher, scores in self.scores_by_teacher.items()},
             "num_completions": self.num_completions,
             "num_cut": self.num_cut,
-            "per_prompt": rows,
+            "questions_hash": questions_hash([(prompt.prompt, prompt.answer) for prompt in self.prompts]),
+            "num_right": [sum(prompt.correct) for prompt in self.prompts],
+            "majority_right": [int(prompt.is_majority_right) for prompt in self.prompts],
         }
 
 
@@ -168,25 +187,33 @@ def judge_samples(prompt: Prompt, texts_N: Sequence[str]) -> JudgedPrompt:
         kind=prompt.kind,
         answer=prompt.answer,
         answers=tuple(None if answer is None else answer.text for answer in answers_N),
-        correct=tuple(matches(text, prompt.answer, prompt.verifier) for text in texts_N),
+        correct=tuple(is_right(prompt, text) for text in texts_N),
         majority=majority(answers_N, same_answer),
         first_completion=texts_N[0],
+        teacher=prompt.teacher,
     )
 
 
 def summarise_samples(judged: Sequence[JudgedPrompt], *, num_cut: int, sample_count: int) -> SampledEvaluation:
-    """Scores over all prompts and by kind, the kinds in the order in which they first appear."""
-    grouped: dict[str, list[JudgedPrompt]] = {}
-    for prompt in judged:
-        grouped.setdefault(prompt.kind or NO_KIND, []).append(prompt)
+    """Scores over all prompts, by kind and by teacher, each in the order in which they first appear."""
     return SampledEvaluation(
         samples_per_prompt=len(judged[0].correct),
         scores=score(judged),
-        scores_by_kind={kind: score(prompts) for kind, prompts in grouped.items()},
+        scores_by_kind=_scores_by([prompt.kind or NO_KIND for prompt in judged], judged),
         num_cut=num_cut,
         prompts=tuple(judged),
         shown=tuple(spread_over_kinds([prompt.kind for prompt in judged], sample_count)),
+        scores_by_teacher=_scores_by([prompt.teacher for prompt in judged], judged),
     )
+
+
+def _scores_by(groups: Sequence[str], judged: Sequence[JudgedPrompt]) -> dict[str, Scores]:
+    """Of every group that has a name."""
+    grouped: dict[str, list[JudgedPrompt]] = {}
+    for group, prompt in zip(groups, judged, strict=True):
+        if group:
+            grouped.setdefault(group, []).append(prompt)
+    return {group: score(prompts) for group, prompts in grouped.items()}
 
 
 def score(judged: Sequence[JudgedPrompt]) -> Scores:

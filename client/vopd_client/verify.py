@@ -1,4 +1,4 @@
-r"""Whether a completion is right: six ways to compare it with a reference answer. No torch.
+r"""Whether a completion is right: seven ways to compare it with a reference answer. No torch.
 
 exact       the same text, once both are normalised
 contains    the normalised answer occurs in the normalised completion
@@ -7,6 +7,9 @@ math        the expressions mean the same to math-verify (LaTeX, fractions, sets
             in the completion it finds one; what it finds may be no more than the question repeated
 boxed-math  the same for what the last \boxed{...} of the completion holds; without one the completion is wrong
 choice      the letter that the completion settles on, see `extraction.choice_letter`, is the answer's
+reasoning-gym
+            the row's own task gives the answer, see `extraction.tagged_answer`, its full score, which `TaskItem` does;
+            only rows that a task made have it
 
 Normalised: Unicode NFC, runs of white space as one space, none at the ends. Case and punctuation count.
 """
@@ -20,9 +23,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vopd_client.config import Verifier
-from vopd_client.extraction import LETTERS, choice_letter, last_boxed
+from vopd_client.extraction import LETTERS, choice_letter, last_boxed, tagged_answer
 
 MATH_TIMEOUT_S = 5
+_ONLY_TASKS = "verifier reasoning-gym is for rows that a task made, prompts reasoning-gym:task; no answer says enough"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def matches(completion_text: str, answer: str, verifier: Verifier) -> bool:
             return boxed is not None and _same_mathematics(_delimited(boxed), answer)
         case "choice":
             return choice_letter(completion_text) == _reference_letter(answer)
+        case "reasoning-gym":
+            raise ValueError(_ONLY_TASKS)
 
 
 def extract_answer(completion_text: str, verifier: Verifier) -> ExtractedAnswer | None:
@@ -69,6 +75,9 @@ def extract_answer(completion_text: str, verifier: Verifier) -> ExtractedAnswer 
         case "choice":
             letter = choice_letter(completion_text)
             return None if letter is None else ExtractedAnswer(letter)
+        case "reasoning-gym":
+            tagged = tagged_answer(completion_text)
+            return ExtractedAnswer(tagged) if tagged else None
 
 
 def same_answer(first: ExtractedAnswer, other: ExtractedAnswer) -> bool:
@@ -106,6 +115,8 @@ def check_answer(answer: str, verifier: Verifier) -> None:
         case "choice":
             if _reference_letter(answer) is None:
                 raise ValueError(f"{answer!r} is not a letter from {LETTERS.replace('-', ' to ')}")
+        case "reasoning-gym":
+            raise ValueError(_ONLY_TASKS)
 
 
 def normalise(text: str) -> str:

@@ -16,8 +16,9 @@ from conftest import REPOSITORY
 from tiny_model import tiny_tokenizer
 from vopd_client.baselines import choose_baseline
 from vopd_client.command_config import EvalConfig
-from vopd_client.config import PromptColumns, TrainConfig
+from vopd_client.config import PromptColumns
 from vopd_client.prompts import Prompt, RowFormat, load_prompts, render_prompts
+from vopd_client.train_config import TrainConfig
 from vopd_settings import load_settings
 
 PAPER = REPOSITORY / "examples" / "paper"
@@ -53,7 +54,7 @@ def read(settings: type[Any], file: str, *flags: str) -> Any:
 def render(config: PromptColumns, row: dict[str, Any], verifier: Any, directory: Path) -> Prompt:
     path = directory / "data.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix)
+    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix, config.answer_form)
     (prompt,) = render_prompts(
         load_prompts(str(path), default_verifier=verifier, row_format=row_format),
         tokenizer=tiny_tokenizer(), teacher_chat_template="unused", max_prompt_tokens=1024, max_new_tokens=2048,
