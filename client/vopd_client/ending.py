@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from vopd_client.checkpoint import TrainerState
 from vopd_client.errors import RunDirectoryError
+from vopd_client.evaluation_rows import sampled_lines, summary_of_samples
+from vopd_client.export import dtype_to_export, weights_to_export, write_export
+from vopd_client.model_card import Exported, render_card
+from vopd_client.model_files import read_card
 from vopd_client.preparation import Run
-from vopd_client.run_directory import RunDirectory, read_rows, write_atomically
-from vopd_client.student import LoadedStudent, save_student
+from vopd_client.provenance import Provenance, read_provenance
+from vopd_client.run_directory import read_rows, write_atomically
+from vopd_client.student import LoadedStudent
+from vopd_client.train_config import TrainConfig
 
 
 def finish_run(run: Run, state: TrainerState, show: Callable[[str | Table], None]) -> None:
@@ -23,13 +30,22 @@ def finish_run(run: Run, state: TrainerState, show: Callable[[str | Table], None
 
     Raises: RunDirectoryError when the disk is full by now.
     """
+    is_main_process = run.accelerator.is_main_process
+    weights = weights_to_export(run.student.module, run.config.export, is_main_process=is_main_process)
     if run.accelerator.is_main_process:
         from vopd_client.report import write_report  # brings matplotlib
 
         evaluations = read_rows(run.directory.evals_file)
         summary = summarise(evaluations, state)
         try:
-            export_model(run.student, run.directory)
+            export_model(
+                run.student,
+                weights,
+                run.directory.model,
+                run.config,
+                read_provenance(run.directory.provenance_file),
+                summary,
+            )
             write_atomically(run.directory.summary_file, json.dumps(summary, indent=2) + "\n")
         except OSError as error:
             raise RunDirectoryError(f"cannot write the result to {run.directory.path}: {error}") from error
@@ -45,13 +61,19 @@ def finish_run(run: Run, state: TrainerState, show: Callable[[str | Table], None
     run.accelerator.wait_for_everyone()
 
 
-def export_model(student: LoadedStudent, directory: RunDirectory) -> None:
-    """The student as plain transformers reads it, complete or not at all."""
-    temporary = directory.path / ".tmp-model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_student(student.module, student.tokenizer, temporary)
-    shutil.rmtree(directory.model, ignore_errors=True)
-    temporary.rename(directory.model)
+def export_model(
+    student: LoadedStudent,
+    weights: Mapping[str, Tensor],
+    directory: Path,
+    config: TrainConfig,
+    provenance: Provenance,
+    summary: Mapping[str, Any],
+) -> None:
+    """The student as others read it, with its card, complete or not at all. config: with the export's own settings."""
+    dtype = dtype_to_export(config.export_dtype, student)
+    exported = Exported(config.export, str(dtype).removeprefix("torch."), chats=bool(student.tokenizer.chat_template))
+    card = render_card(config, provenance, summary, exported, base_card=read_card(config.student))
+    write_export(student, weights, directory, export=config.export, dtype=dtype, card=card)
 
 
 def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> dict[str, Any]:
@@ -70,6 +92,7 @@ def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> 
         summary[f"kl_nats_{name}_by_kind"] = row.get("kl_by_kind", {})
         summary[f"kl_nats_{name}_by_teacher"] = row.get("kl_by_teacher", {})
     return summary | {
+        **summary_of_samples(before, after),
         "train_seconds": state.train_seconds,
         "teacher_wait_seconds": state.teacher_wait_seconds,
         "teacher_bytes_per_token": state.teacher_bytes / max(state.num_valid_tokens, 1),
@@ -79,7 +102,8 @@ def summarise(evaluations: Sequence[Mapping[str, Any]], state: TrainerState) -> 
 
 def summary_table(summary: Mapping[str, Any]) -> Table | None:
     """Before, after and the teacher, by kind and by teacher; None when nothing was evaluated."""
-    if summary["exact_match_before"] is None and summary["kl_nats_before"] is None:
+    measured = [summary["exact_match_before"], summary["kl_nats_before"], summary.get("avg_at_n_before")]
+    if all(value is None for value in measured):
         return None
     table = Table("held-out prompts", box=box.SIMPLE_HEAD)
     for name in ("before", "after", "teacher"):
@@ -89,6 +113,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table | None:
         table.add_row("exact match", *(_cell(summary[column], "{:.0%}") for column in columns))
         _add_parts(table, summary, columns, "kind", "{:.0%}")
         _add_parts(table, summary, columns, "teacher", "{:.0%}")
+    for label, *cells in sampled_lines(summary):
+        table.add_row(label, *cells, "")
     columns = ["kl_nats_before", "kl_nats_after"]
     table.add_row("KL to the teacher, nats a token", *(_cell(summary[column], "{:.3f}") for column in columns), "")
     _add_parts(table, summary, columns, "teacher", "{:.3f}")

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from vopd_client.errors import ConfigError
 
 # What transformers raises for a path that is missing, damaged, of another kind, or needs code that is not there.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
+STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # The authors' LoRA targets (docs/method.md).
 LORA_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-
-# Options that a generation config ignores unless it samples.
-SAMPLING_OPTIONS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
 
 
 def load_causal_lm(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -57,7 +52,6 @@ def load_causal_lm(path: str | Path, *, trust_remote_code: bool) -> Any:
             f"{path} is not a complete {type(model).__name__}: {len(missing)} weights are missing, "
             f"the first is {missing[0]}"
         )
-    _make_generation_config_saveable(model, path)
     return model
 
 
@@ -70,6 +64,46 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as exc:
         raise ConfigError(f"cannot load a tokenizer from {path}: {_first_line(exc)}") from exc
+
+
+def stored_dtype(path: str | Path, *, trust_remote_code: bool) -> torch.dtype:
+    """The dtype of a model's files, float32, bfloat16 or float16: what its config says, else most of its weights.
+
+    Anything else, a quantised model's say, counts as float32: what the weights are in here.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    configured = config.dtype or config.get_text_config().dtype
+    if configured is not None:
+        return STORED_DTYPES.get(str(configured).removeprefix("torch."), torch.float32)
+    sizes: Counter[str] = Counter()
+    if weights_file := _one_weights_file(path):
+        with safe_open(weights_file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is no mapping)
+                entry = weights.get_slice(name)
+                sizes[entry.get_dtype()] += math.prod(entry.get_shape())
+    [(most_common, _)] = sizes.most_common(1) or [("F32", 0)]
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most_common, torch.float32)
+
+
+def _one_weights_file(path: str | Path) -> str | None:
+    """The safetensors file of a model that is on this disk by now, or the first of several; None for other formats."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found: str | None = cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if found and name.endswith(".json"):
+            first = next(iter(json.loads(Path(found).read_text())["weight_map"].values()))
+            found = str(Path(found).with_name(first))
+        if found:
+            return found
+    return None
+
+
+def read_card(path: str | Path) -> str:
+    """The card of a model directory or of a hub's model; empty where there is none, or no hub to ask."""
+    try:
+        found = cached_file(path, "README.md", _raise_exceptions_for_missing_entries=False)
+        return Path(found).read_text(encoding="utf-8", errors="replace") if found else ""
+    except OSError:
+        return ""
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -115,11 +149,14 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of `model` under the names that they have without LoRA, with LoRA's product added in."""
+def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of `model` under the names that they have without LoRA, with LoRA's product added in.
+
+    state: of them, a part of the state dict; None: all.
+    """
     layers = lora_layers(model)
     merged: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if state is None else state).items():
         layer_name, wrapped, parameter_name = name.rpartition(".base_layer.")
         if not wrapped:
             if not any(name.startswith(f"{layer}.") for layer in layers):
@@ -139,21 +176,6 @@ def _require_directory_where_one_is_meant(path: str | Path) -> None:
     is_meant_as_path = isinstance(path, Path) or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
     if is_meant_as_path and not Path(text).is_dir():
         raise ConfigError(f"no model directory {text}")
-
-
-def _make_generation_config_saveable(model: Any, path: str | Path) -> None:
-    """Makes sure at the start of a run that its end can save the model: saving is stricter than loading.
-
-    Sampling options without do_sample, which some models ship and transformers ignores, are dropped.
-    """
-    config = model.generation_config
-    if config.do_sample is not True:
-        for option in SAMPLING_OPTIONS:
-            setattr(config, option, None)
-    try:
-        config.validate(strict=True)
-    except ValueError as exc:
-        raise ConfigError(f"the generation config of {path} cannot be saved again: {exc}") from exc
 
 
 def _first_line(error: BaseException) -> str:

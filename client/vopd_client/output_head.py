@@ -5,7 +5,9 @@ Axes: B sequences, S tokens, N rows, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from vopd_client.cpu_attention import attending_on_cpu, configs_to_switch
 from vopd_client.errors import ConfigError
+from vopd_client.gradient_checkpointing import checkpointing
 from vopd_client.linear_logprobs import Logits, full_logprobs
 
 # fp32 against fp32 over the same weights: what remains is the order of additions.
@@ -53,14 +56,22 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids_BS: Tensor,
+    attention_mask_BS: Tensor,
+    checkpointed_layers: Sequence[nn.Module] = (),
+) -> Tensor:
     """Final hidden states [B, S, H] of right-padded input, without logits and without a cache.
+
+    checkpointed_layers: those that keep their inputs only, see `gradient_checkpointing`.
 
     What is computed at padding is never to be read. A causal model does not look ahead to it, so torch's attention
     goes without the mask: it then skips the half above the diagonal, and needs no copy of shared keys for each head.
     """
     mask_BS = None if model.config._attn_implementation == "sdpa" else attention_mask_BS
-    with attending_on_cpu(configs_to_switch(model)):
+    attending = partial(attending_on_cpu, configs_to_switch(model))
+    with attending(), checkpointing(checkpointed_layers, attending):
         output = model.base_model(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False)
     hidden_BSH: Tensor = output.last_hidden_state
     return hidden_BSH
