@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
-from vopd_client.config import Verifier
+from vopd_client.config import AnswerForm, Verifier
 from vopd_client.errors import DataError
+from vopd_client.extraction import last_boxed
+from vopd_client.reasoning_gym_scores import TaskItem
 from vopd_client.verify import check_answer
 
 MAX_REPORTED_ROWS = 5  # bad rows named in one error
@@ -29,11 +31,13 @@ class RowFormat:
 
     With a named column the rows are somebody else's: prompt and answer are read, whatever else there is, is left out.
     `prompt_suffix` is appended to plain-text prompts as it is, and not to a `teacher_prompt` of the row's own.
+    `answer_form` says where in the answer's text the answer is.
     """
 
     prompt_column: str | None = None
     answer_column: str | None = None
     prompt_suffix: str = ""
+    answer_form: AnswerForm = "whole"
 
     @property
     def names_columns(self) -> bool:
@@ -58,12 +62,37 @@ class RowFormat:
             self.check_columns(row, source)
             answer = row.get(self.answer_column or "answer")
             row = {"prompt": row.get(self.prompt_column or "prompt"), "answer": number_as_text(answer)}
-        if self.prompt_suffix:
-            if row.get("messages") is not None:
-                raise DataError(f"{source}: prompt_suffix goes after plain text, and this row has messages")
-            if isinstance(row.get("prompt"), str):
-                row["prompt"] += self.prompt_suffix
+        if isinstance(row.get("answer"), str):
+            row["answer"] = reference_answer(row["answer"], self.answer_form, source)
+        return self.suffixed(row, source)
+
+    def suffixed(self, row: dict[str, Any], source: str) -> dict[str, Any]:
+        """The row, its prompt complete. Raises: DataError for a chat where there is a suffix."""
+        if not self.prompt_suffix:
+            return row
+        if row.get("messages") is not None:
+            raise DataError(f"{source}: prompt_suffix goes after plain text, and this row has messages")
+        if isinstance(row.get("prompt"), str):
+            row["prompt"] += self.prompt_suffix
         return row
+
+
+def reference_answer(text: str, form: AnswerForm, source: str) -> str:
+    r"""The answer that a worked solution ends with: behind its last ####, or in its last \boxed{...}.
+
+    Raises: DataError for a solution without one.
+    """
+    match form:
+        case "whole":
+            return text
+        case "hashes":
+            _, found, answer = text.rpartition("####")
+        case "boxed":
+            found = answer = last_boxed(text) or ""
+    if not found or not answer.strip():
+        mark = "####" if form == "hashes" else "\\boxed{...}"
+        raise DataError(f"{source}: answer: answer_form {form} looks for {mark}, and there is none: ...{text[-60:]!r}")
+    return answer.strip()
 
 
 def number_as_text(value: object) -> object:
@@ -90,6 +119,7 @@ class PromptRow:
     verifier: Verifier | None
     kind: str | None
     teacher: str | None  # the name of the one that scores it; None: the run's only teacher
+    task_item: TaskItem | None = None  # what judges completions in place of a comparison with the answer
 
 
 def parse_row(value: object, *, index: int, source: str, default_verifier: Verifier) -> PromptRow:

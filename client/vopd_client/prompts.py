@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vopd_client.config import Verifier
 from vopd_client.errors import DataError
 from vopd_client.prompt_rows import ROW_KEYS, PromptRow, RowFormat, choose_teachers, map_rows, parse_row
+from vopd_client.reasoning_gym_prompts import is_task_spec, load_task_rows
 from vopd_client.render import Prompt, render_prompts
+from vopd_client.row_streams import DataSetStream, JsonlStream, ParquetStream, RowStream
 
-__all__ = ["Prompt", "PromptRow", "RowFormat", "choose_teachers", "load_prompts", "render_prompts"]
+__all__ = [
+    "Prompt", "PromptRow", "RowFormat",
+    "choose_teachers", "load_prompts", "open_stream", "read_row", "render_prompts",
+]  # fmt: skip
 
 OUR_FORMAT = RowFormat()
+OTHER_FILES = frozenset({".json", ".csv", ".tsv", ".txt", ".yaml"})
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +37,8 @@ def load_prompts(
 ) -> list[PromptRow]:
     """All rows of `spec`: a .jsonl or .parquet file, or a data set (hub id or directory).
 
-    A data set is `name`, `name:split` or `name:configuration:split`.
+    A data set is `name`, `name:split` or `name:configuration:split`; `reasoning-gym:task?name=value` are rows that a
+    task makes, see `reasoning_gym_prompts`.
 
     Lines of a .jsonl file and rows of the others count from 1 in `source`; blank lines are skipped. Columns of a
     hub data set that are not ours are left out, since nobody can rename them there; in a file they are errors.
@@ -39,17 +46,47 @@ def load_prompts(
     Raises: DataError, a line for each of the first few bad rows, or saying what is wrong with `spec` itself.
     """
 
+    if is_task_spec(spec):
+        return load_task_rows(spec, row_format)
+
     def parse(numbered: tuple[int, tuple[str, object]]) -> PromptRow:
         index, (source, value) = numbered
-        if isinstance(value, bytes):
-            value = _decode_json(value, source)
-        value = row_format.read(value, source)
-        return parse_row(value, index=index, source=source, default_verifier=default_verifier)
+        return read_row(value, index=index, source=source, default_verifier=default_verifier, row_format=row_format)
 
     rows = map_rows(parse, enumerate(_read(spec, row_format)))
     if not rows:
         raise DataError(f"{spec}: holds no rows")
     return rows
+
+
+def read_row(value: object, *, index: int, source: str, default_verifier: Verifier, row_format: RowFormat) -> PromptRow:
+    """One row as it was read: an object, or a line of JSON. Raises: DataError that starts with `source`."""
+    if isinstance(value, bytes):
+        value = _decode_json(value, source)
+    value = row_format.read(value, source)
+    return parse_row(value, index=index, source=source, default_verifier=default_verifier)
+
+
+def open_stream(spec: str, *, row_format: RowFormat = OUR_FORMAT) -> RowStream:
+    """The rows of the same forms, to be read piece by piece in file order.
+
+    Raises: DataError saying what is wrong with `spec` itself, or with the columns of a data set.
+    """
+    if is_task_spec(spec):
+        raise DataError(f"{spec}: rows of reasoning-gym are made before the run begins: leave out stream_prompts")
+    path = Path(spec)
+    match path.suffix.lower():
+        case ".jsonl":
+            return JsonlStream(_existing(path))
+        case ".parquet":
+            return ParquetStream(_existing(path))
+        case suffix if suffix in OTHER_FILES:
+            raise _other_file(spec)
+        case _:
+            data_set = _load_data_set(*_parts_of(spec), streaming=True)
+            columns = data_set.column_names or list(next(iter(data_set.take(1)), {}))
+            left_out = _columns_left_out(columns, spec, row_format)
+            return DataSetStream(spec, data_set.remove_columns(left_out) if left_out else data_set)
 
 
 def _read(spec: str, row_format: RowFormat) -> Iterator[tuple[str, object]]:
@@ -60,10 +97,14 @@ def _read(spec: str, row_format: RowFormat) -> Iterator[tuple[str, object]]:
             return _read_jsonl(_existing(path))
         case ".parquet":
             return _read_parquet(_existing(path))
-        case ".json" | ".csv" | ".tsv" | ".txt" | ".yaml":
-            raise DataError(f"{spec}: prompts are read from .jsonl (one JSON object a line) or .parquet")
+        case suffix if suffix in OTHER_FILES:
+            raise _other_file(spec)
         case _:
             return _read_data_set(spec, row_format)
+
+
+def _other_file(spec: str) -> DataError:
+    return DataError(f"{spec}: prompts are read from .jsonl (one JSON object a line) or .parquet")
 
 
 def _existing(path: Path) -> Path:
@@ -105,7 +146,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 
 def _read_data_set(spec: str, row_format: RowFormat) -> Iterator[tuple[str, object]]:
     data_set = _load_data_set(*_parts_of(spec))
-    columns: list[str] = data_set.column_names
+    left_out = _columns_left_out(data_set.column_names, spec, row_format)
+    for number, value in enumerate(data_set.remove_columns(left_out), start=1):
+        yield f"{spec}:{number}", value
+
+
+def _columns_left_out(columns: Sequence[str], spec: str, row_format: RowFormat) -> list[str]:
+    """Those that are not read. Raises: DataError when there is no prompt among the others."""
     row_format.check_columns(columns, spec)
     if row_format.names_columns:
         wanted = [row_format.prompt_column or "prompt", row_format.answer_column or "answer"]
@@ -119,8 +166,7 @@ def _read_data_set(spec: str, row_format: RowFormat) -> Iterator[tuple[str, obje
     left_out = [column for column in columns if column not in wanted]
     if left_out:
         logger.info("%s: columns left out: %s", spec, ", ".join(left_out))
-    for number, value in enumerate(data_set.remove_columns(left_out), start=1):
-        yield f"{spec}:{number}", value
+    return left_out
 
 
 def _parts_of(spec: str) -> tuple[str, str | None, str]:
@@ -136,8 +182,11 @@ def _parts_of(spec: str) -> tuple[str, str | None, str]:
             raise DataError(f"{spec}: a data set is name, name:split or name:configuration:split")
 
 
-def _load_data_set(name: str, configuration: str | None, split: str) -> Any:
-    """A `datasets.Dataset`: of the hub, of a directory of data files, or of one that `save_to_disk` wrote."""
+def _load_data_set(name: str, configuration: str | None, split: str, *, streaming: bool = False) -> Any:
+    """A `datasets.Dataset`: of the hub, of a directory of data files, or of one that `save_to_disk` wrote.
+
+    streaming: a `datasets.IterableDataset` of the first two; the last is mapped from the disk either way.
+    """
     import datasets
 
     directory = Path(name)
@@ -151,7 +200,8 @@ def _load_data_set(name: str, configuration: str | None, split: str) -> Any:
                 return loaded
             return loaded[_choose_split(name, split, list(loaded))]
         splits = datasets.get_dataset_split_names(name, configuration)
-        return datasets.load_dataset(name, configuration, split=_choose_split(name, split, splits))
+        split = _choose_split(name, split, splits)
+        return datasets.load_dataset(name, configuration, split=split, streaming=streaming)
     except DataError:
         raise
     except (OSError, ValueError) as error:  # not found, unreachable, needs a configuration, damaged

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from vopd_client.chat_templates import ChatOptions
 from vopd_client.config import Verifier
 from vopd_client.errors import DataError
 from vopd_client.prompt_rows import Message, PromptRow, map_rows
+from vopd_client.reasoning_gym_scores import TaskItem
 from vopd_client.types import NoSupport, SequenceToScore, Support
 from vopd_proto.arrays import IntArray
 
@@ -23,6 +25,7 @@ from vopd_proto.arrays import IntArray
 MAX_TEMPLATE_CHARACTERS = 200_000
 MAX_RENDERED_CHARACTERS = 4_000_000
 
+NOTHING_MORE = ChatOptions()
 
 # What an expression in a template can raise beside Jinja's own errors: 1 / 0, messages[7], 'a' * 10**12, ...
 _TEMPLATE_ERRORS = (
@@ -43,6 +46,8 @@ class Prompt:
     kind: str | None
     text: str  # to show people
     teacher: str = ""  # the name of the one that scores it; "" in a run whose only teacher has none
+    task_item: TaskItem | None = None  # what judges completions in place of a comparison with the answer
+    messages: tuple[Message, ...] | None = None  # of the student's side; None: it is plain text
 
 
 def render_prompts(
@@ -56,6 +61,7 @@ def render_prompts(
     teacher_max_length: int,
     teacher_begin_id: int | None = None,
     teacher_end_id: int | None = None,
+    chat_options: ChatOptions = NOTHING_MORE,
 ) -> list[Prompt]:
     """Renders and tokenises both sides of every row, and checks that a completion of any length still fits.
 
@@ -68,18 +74,16 @@ def render_prompts(
         max_prompt_tokens: of the student's side; the teacher's may be as long as the teacher can read.
         teacher_begin_id, teacher_end_id: what `bos_token` and `eos_token` mean in the teacher's template;
             None: the same as in the student's.
+        chat_options: what both chat templates are told beside the messages.
 
-    Raises: DataError, a line for each of the first few rows that cannot be used, with file, line and the numbers.
+    Raises: DataError, a line for each of the first few rows that cannot be used, with file, line and the numbers;
+        ConfigError for an option that a template which renders a row does not read.
     """
-    special_tokens = {
-        name: tokenizer.convert_ids_to_tokens(index)
-        for name, index in (("bos_token", teacher_begin_id), ("eos_token", teacher_end_id))
-        if index is not None
-    }
+    special_tokens = special_tokens_of_teacher(tokenizer, teacher_begin_id, teacher_end_id)
 
     def render(row: PromptRow) -> Prompt:
-        student_ids = _student_ids(row, tokenizer)
-        teacher_ids = _teacher_ids(row, tokenizer, teacher_chat_template, special_tokens)
+        student_ids = _student_ids(row, tokenizer, chat_options)
+        teacher_ids = _teacher_ids(row, tokenizer, teacher_chat_template, special_tokens, chat_options)
         _check_lengths(
             row.source,
             num_student=len(student_ids),
@@ -99,6 +103,8 @@ def render_prompts(
             kind=row.kind,
             text=_text_to_show(row),
             teacher=row.teacher or "",
+            task_item=row.task_item,
+            messages=row.messages,
         )
 
     return map_rows(render, rows)
@@ -113,8 +119,8 @@ def sequence_of_text(tokenizer: Any, context: str, completion: str, support: Sup
     Raises: DataError when one of them makes no tokens.
     """
     sequence = SequenceToScore(
-        context_ids=_tokenise(tokenizer, context, add_special_tokens=True),
-        completion_ids=_tokenise(tokenizer, completion, add_special_tokens=False),
+        context_ids=tokenise(tokenizer, context, add_special_tokens=True),
+        completion_ids=tokenise(tokenizer, completion, add_special_tokens=False),
         support=support or NoSupport(),
     )
     for name, ids in (("context", sequence.context_ids), ("completion", sequence.completion_ids)):
@@ -123,23 +129,41 @@ def sequence_of_text(tokenizer: Any, context: str, completion: str, support: Sup
     return sequence
 
 
-def _student_ids(row: PromptRow, tokenizer: Any) -> IntArray:
+def special_tokens_of_teacher(tokenizer: Any, begin_id: int | None, end_id: int | None) -> dict[str, str]:
+    """What `bos_token` and `eos_token` mean in the teacher's template, as far as its handshake tells."""
+    return {
+        name: tokenizer.convert_ids_to_tokens(index)
+        for name, index in (("bos_token", begin_id), ("eos_token", end_id))
+        if index is not None
+    }
+
+
+def _student_ids(row: PromptRow, tokenizer: Any, options: ChatOptions) -> IntArray:
     if row.messages is None:
-        return _tokenise(tokenizer, row.prompt, add_special_tokens=True)
+        return tokenise(tokenizer, row.prompt, add_special_tokens=True)
     if not tokenizer.chat_template:
         raise DataError(
             f"{row.source}: messages need a chat template, and the student's tokenizer has none; "
             "give plain text as prompt instead"
         )
-    return _chat_ids(tokenizer, row.messages, None, {}, f"{row.source}: the student's chat template")
+    variables = options.for_template(own_chat_template(tokenizer), "the student's")
+    return _chat_ids(tokenizer, row.messages, None, variables, f"{row.source}: the student's chat template")
 
 
-def _teacher_ids(row: PromptRow, tokenizer: Any, chat_template: str, special_tokens: dict[str, str]) -> IntArray:
+def own_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own; of several with names the one called default; "" when there is none."""
+    template = tokenizer.chat_template or ""
+    return str(template.get("default", "") if isinstance(template, dict) else template)
+
+
+def _teacher_ids(
+    row: PromptRow, tokenizer: Any, chat_template: str, special_tokens: dict[str, str], options: ChatOptions
+) -> IntArray:
     if row.teacher_prompt is not None:
-        return _tokenise(tokenizer, row.teacher_prompt, add_special_tokens=True)
+        return tokenise(tokenizer, row.teacher_prompt, add_special_tokens=True)
     messages = row.teacher_messages or row.messages
     if messages is None:
-        return _tokenise(tokenizer, row.prompt, add_special_tokens=True)
+        return tokenise(tokenizer, row.prompt, add_special_tokens=True)
     if not chat_template:
         key = "messages" if row.teacher_messages is None else "teacher_messages"
         raise DataError(
@@ -150,17 +174,34 @@ def _teacher_ids(row: PromptRow, tokenizer: Any, chat_template: str, special_tok
             f"{row.source}: the teacher's chat template has {len(chat_template)} characters, "
             f"more than {MAX_TEMPLATE_CHARACTERS}"
         )
-    return _chat_ids(tokenizer, messages, chat_template, special_tokens, f"{row.source}: the teacher's chat template")
+    variables = special_tokens | options.for_template(chat_template, "the teacher's")
+    return _chat_ids(tokenizer, messages, chat_template, variables, f"{row.source}: the teacher's chat template")
 
 
 def _chat_ids(
     tokenizer: Any,
     messages: Sequence[Message],
     chat_template: str | None,
-    special_tokens: dict[str, str],
+    variables: dict[str, Any],
     where: str,
 ) -> IntArray:
-    """The chat up to where the reply begins; `chat_template` None: the tokenizer's own."""
+    text = chat_text(tokenizer, messages, chat_template, variables, where)
+    return tokenise(tokenizer, text, add_special_tokens=False)
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    chat_template: str | None,
+    variables: dict[str, Any],
+    where: str,
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The chat up to where the reply begins, or to its end; `chat_template` None: the tokenizer's own.
+
+    Raises: DataError that starts with `where`.
+    """
     import jinja2
 
     try:
@@ -168,18 +209,19 @@ def _chat_ids(
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=chat_template,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **special_tokens,
+            **variables,
         )
     except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
         raise DataError(f"{where} cannot render this row: {error}") from error
     if len(rendered) > MAX_RENDERED_CHARACTERS:
         raise DataError(f"{where} renders {len(rendered)} characters, more than {MAX_RENDERED_CHARACTERS}")
-    return _tokenise(tokenizer, rendered, add_special_tokens=False)
+    return str(rendered)
 
 
-def _tokenise(tokenizer: Any, text: str | None, *, add_special_tokens: bool) -> IntArray:
+def tokenise(tokenizer: Any, text: str | None, *, add_special_tokens: bool) -> IntArray:
+    """Token ids, [C] int64."""
     assert text is not None  # a row has a prompt or messages
     # verbose=False: lengths are checked here, against the models' own limits.
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids

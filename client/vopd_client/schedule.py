@@ -7,14 +7,22 @@ state, which is why an interrupted run needs none of it saved.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from vopd_client.config import TrainConfig
 from vopd_client.rollouts.base import RolloutKey
+from vopd_client.train_config import TrainConfig
 
-_PROMPT_ORDER, _DROPOUT, _EVALUATION = 1, 2, 3  # streams of random numbers that must not meet
+_PROMPT_ORDER, _DROPOUT, _EVALUATION, _BLOCK_ORDER = 1, 2, 3, 4  # streams of random numbers that must not meet
+_EVALUATION_SAMPLES = 5  # another such stream
+
+
+def block_order(seed: int, epoch: int, first_row: int, num_rows: int) -> list[int]:
+    """The order in which the rows of one block of a stream come, as positions in the block."""
+    order: list[int] = np.random.default_rng([seed, _BLOCK_ORDER, epoch, first_row]).permutation(num_rows).tolist()
+    return order
 
 
 def prompts_of_step(seed: int, step: int, num_prompts: int, prompts_per_step: int) -> list[int]:
@@ -38,13 +46,18 @@ def prompts_of_step(seed: int, step: int, num_prompts: int, prompts_per_step: in
 def rollouts_of_step(
     seed: int, step: int, num_prompts: int, prompts_per_step: int, rollouts_per_prompt: int
 ) -> list[RolloutKey]:
-    """The draws of one step, prompt by prompt; `prompt_index` is the position in the list of prompts.
+    """The draws of one step, prompt by prompt; `prompt_index` is the position in the list of prompts."""
+    return draws_of_prompts(step, prompts_of_step(seed, step, num_prompts, prompts_per_step), rollouts_per_prompt)
+
+
+def draws_of_prompts(step: int, positions: Sequence[int], rollouts_per_prompt: int) -> list[RolloutKey]:
+    """The draws of the prompts of one step, wherever these come from.
 
     A prompt that comes twice goes on counting its rollouts, so that no draw is made twice.
     """
     keys: list[RolloutKey] = []
     drawn: dict[int, int] = {}
-    for position in prompts_of_step(seed, step, num_prompts, prompts_per_step):
+    for position in positions:
         start = drawn.get(position, 0)
         drawn[position] = start + rollouts_per_prompt
         keys.extend(RolloutKey(step, position, start + index) for index in range(rollouts_per_prompt))
@@ -59,10 +72,10 @@ def share_of_process(
 
 
 def draws_of_process(
-    config: TrainConfig, step: int, *, num_prompts: int, process_index: int, num_processes: int
+    config: TrainConfig, step: int, *, positions: Sequence[int], process_index: int, num_processes: int
 ) -> list[RolloutKey]:
-    """The draws of one step that this process makes."""
-    keys = rollouts_of_step(config.seed, step, num_prompts, config.prompts_per_step, config.rollouts_per_prompt)
+    """The draws of one step that this process makes; positions: of all prompts of the step."""
+    keys = draws_of_prompts(step, positions, config.rollouts_per_prompt)
     return share_of_process(keys, config.rollouts_per_prompt, process_index, num_processes)
 
 
@@ -74,6 +87,11 @@ def dropout_seed(seed: int, step: int, process_index: int) -> int:
 def evaluation_seed(seed: int) -> int:
     """Seed of the completions that evaluations sample: the same at each of them, and none of the training's."""
     return _derived(seed, _EVALUATION)
+
+
+def evaluation_samples_seed(seed: int) -> int:
+    """Seed of the samples that evaluations judge: the same at each of them, and none of the KL's."""
+    return _derived(seed, _EVALUATION_SAMPLES)
 
 
 def _derived(*numbers: int) -> int:

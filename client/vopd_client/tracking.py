@@ -1,4 +1,4 @@
-"""What a run tells: rows on disk in step order, TensorBoard, and a bar (or a line a step) for people.
+"""What a run tells: rows on disk in step order, trackers, and a bar (or a line a step) for people.
 
 Only the main process tells anything; the others hold a `RunLog` that does nothing.
 """
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,10 +17,12 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
+from vopd_client.config import ONLY_TENSORBOARD, Tracker
 from vopd_client.errors import RunDirectoryError
+from vopd_client.evaluation_rows import describe_measures
 from vopd_client.run_directory import RunDirectory
+from vopd_client.trackers import TrackedRun, Trackers, scalars
 
 MAX_PLAIN_LINES = 100  # of progress in a log file, over the whole run
 WAITING_LINE_EVERY_S = 15.0
@@ -64,9 +66,8 @@ def _kl_by_teacher(row: Mapping[str, Any]) -> str:
 def describe_evaluation(row: Mapping[str, Any]) -> str:
     """One line about an evaluation, for people."""
     parts = [f"evaluation after step {row['step']}, {row['who']}:"]
-    if row["exact_match"] is not None:
-        by_kind = ", ".join(f"{kind} {share:.1%}" for kind, share in row["exact_match_by_kind"].items())
-        parts.append(f"exact match {row['exact_match']:.1%} ({by_kind})")
+    if measured := describe_measures(row):
+        parts.append(measured)
     if row["kl_nats"] is not None:
         by_teacher = ", ".join(f"{name} {nats:.4f}" for name, nats in (row.get("kl_by_teacher") or {}).items())
         parts.append(f"KL {row['kl_nats']:.4f} nats" + (f" ({by_teacher})" if by_teacher else ""))
@@ -79,7 +80,10 @@ def print_line(console: Console, message: str) -> None:
 
 
 class RunLog:
-    """Metrics, evaluations and progress of one run, from the step after `last_step` on."""
+    """Metrics, evaluations and progress of one run, from the step after `last_step` on.
+
+    settings: of the run, for its trackers.
+    """
 
     def __init__(
         self,
@@ -90,6 +94,9 @@ class RunLog:
         last_step: int,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        trackers: Sequence[Tracker] = ONLY_TENSORBOARD,
+        tracker_project: str = "vopd",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._run = run
         self._console = console
@@ -98,14 +105,14 @@ class RunLog:
         self._enabled = enabled
         self._clock = clock
         self._told_waiting_at = -math.inf
-        self._writer: SummaryWriter | None = None
+        tracked = TrackedRun(run, tracker_project, settings or {}, last_step)
+        self._trackers = Trackers(trackers, tracked, self.tell)
         self._progress: Progress | None = None
         self._latest = ""  # the last complete step's numbers, kept on the bar while the next one is at work
 
     def __enter__(self) -> Self:
         if self._enabled:
-            # what TensorBoard knows of steps that are taken again is hidden by purge_step
-            self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=self._last_step + 1)
+            self._trackers.open()
             if self._console.is_terminal:
                 self._progress = _progress_bar(self._console)
                 self._task = self._progress.add_task("", total=self._total_steps, completed=self._last_step)
@@ -117,8 +124,7 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        self._trackers.close()
 
     def tell(self, message: str) -> None:
         """A line for people, above the bar."""
@@ -137,7 +143,7 @@ class RunLog:
         if not self._enabled:
             return
         append_row(self._run.metrics_file, row)
-        self._scalars("train", row)
+        self._trackers.log(scalars("train", row), row["step"])
         line = describe_step(row, self._total_steps)
         if self._progress is not None:
             self._latest = line.split("  ", 1)[1] + "  | "
@@ -152,7 +158,7 @@ class RunLog:
         for sample in row.get("samples", ()):
             append_row(self._run.samples_file, {"step": row["step"], "who": row["who"], **sample})
         append_row(self._run.evals_file, row)
-        self._scalars(f"eval_{row['who']}", row)
+        self._trackers.log(scalars(f"eval_{row['who']}", row), row["step"])
         self.tell(describe_evaluation(row))
 
     def doing(self, what: str, *, step: int) -> None:
@@ -173,17 +179,6 @@ class RunLog:
         elif reason and self._clock() - self._told_waiting_at >= WAITING_LINE_EVERY_S:
             self._told_waiting_at = self._clock()
             self.tell(f"step {step}: {reason}")
-
-    def _scalars(self, group: str, row: Mapping[str, Any]) -> None:
-        assert self._writer is not None, "the log is used inside `with`"
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
-            elif isinstance(value, dict):
-                for kind, number in value.items():
-                    if isinstance(number, int | float):
-                        self._writer.add_scalar(f"{group}/{name}/{kind}", number, row["step"])
-        self._writer.flush()
 
 
 def _progress_bar(console: Console) -> Progress:
