@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vopd_client.errors import AlignmentError
+from vopd_client.rollouts.base import BoolArray as BoolArray
 from vopd_client.rollouts.base import Rollout
 from vopd_client.types import SequenceScores
 from vopd_proto.arrays import Float32Array, IntArray
 
-BoolArray = npt.NDArray[np.bool_]
 Scalar = TypeVar("Scalar", bound=np.generic)
 # "vocabulary": no support, but hidden states, which tell the teacher's log-probability of every id.
 SupportOwner = Literal["student", "teacher", "none", "vocabulary"]
@@ -44,10 +44,13 @@ def align(
     num_shared_ids: int,
     max_support: int | None,
     drop_end_ids: frozenset[int],
+    loss_mask_T: BoolArray | None = None,
 ) -> AlignedSequence:
     """Lays out one rollout and its scores; the arguments and errors are those of `batch.collate`."""
-    _check_lengths(rollout, scores, prompt_name)
-    in_loss_T = _rows_in_loss(rollout, drop_end_ids)
+    _check_lengths(rollout, scores, loss_mask_T, prompt_name)
+    in_loss_T = rows_in_loss(rollout, drop_end_ids)
+    if loss_mask_T is not None:
+        in_loss_T = in_loss_T & loss_mask_T
     _check_sampled_ids(rollout.completion_ids, in_loss_T, num_shared_ids, prompt_name)
 
     ids, logprobs, counts_T = _ragged_support(rollout, scores, support, prompt_name)
@@ -75,17 +78,21 @@ def align(
     )
 
 
-def _check_lengths(rollout: Rollout, scores: SequenceScores, prompt_name: str) -> None:
+def _check_lengths(rollout: Rollout, scores: SequenceScores, loss_mask_T: BoolArray | None, prompt_name: str) -> None:
     """Every array of T rows has T rows, and row C-1, which predicts the first token, exists."""
     num_tokens = len(rollout.completion_ids)
     if len(rollout.prompt_ids) == 0:
         raise AlignmentError(f"{prompt_name} has an empty prompt: nothing predicts its first completion token")
-    for what, length in {
+    lengths = {
         "sampled log-probabilities from the teacher": len(scores.sampled_logprobs_T),
         "support counts from the teacher": len(scores.counts_T),
         "recorded log-probabilities": len(rollout.behaviour_logprobs_T),
         "recorded support counts": len(rollout.support_counts_T),
-    }.items():
+    }
+    for what, mask_T in (("marks of what was sampled", rollout.is_sampled_T), ("loss mask entries", loss_mask_T)):
+        if mask_T is not None:
+            lengths[what] = len(mask_T)
+    for what, length in lengths.items():
         if length != num_tokens:
             raise AlignmentError(f"{length} {what} for the {num_tokens} completion tokens of {prompt_name}")
     for owner, counts_T, ids in (
@@ -99,8 +106,14 @@ def _check_lengths(rollout: Rollout, scores: SequenceScores, prompt_name: str) -
             )
 
 
-def _rows_in_loss(rollout: Rollout, drop_end_ids: frozenset[int]) -> BoolArray:
-    """Every completion token, but for an end token that is to be dropped."""
+def rows_in_loss(rollout: Rollout, drop_end_ids: frozenset[int]) -> BoolArray:
+    """Every token that the student sampled, but for end tokens that are to be dropped, [T] bool.
+
+    Sampling stops at an end token, so in a trajectory of several turns each one that was sampled ends a turn.
+    """
+    if rollout.is_sampled_T is not None:
+        dropped_T = np.isin(rollout.completion_ids, list(drop_end_ids))
+        return rollout.is_sampled_T & ~dropped_T
     in_loss_T = np.ones(len(rollout.completion_ids), np.bool_)
     if rollout.ended and int(rollout.completion_ids[-1]) in drop_end_ids:
         in_loss_T[-1] = False

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vopd_client.alignment import AlignedSequence, SupportOwner, align
+from vopd_client.alignment import AlignedSequence, BoolArray, SupportOwner, align
 from vopd_client.errors import AlignmentError
 from vopd_client.like_lengths import TRAINING_COST_TOKENS, plan_like_lengths
 from vopd_client.rollouts.base import Rollout
@@ -76,6 +76,7 @@ def collate(
     max_support: int | None = None,
     drop_end_ids: frozenset[int] = frozenset(),
     task_advantages: Sequence[float] | None = None,
+    loss_masks: Sequence[BoolArray] | None = None,
 ) -> Batch:
     """Pads rollouts and their scores into one microbatch; nothing is invented and nothing is dropped silently.
 
@@ -88,8 +89,10 @@ def collate(
         prompt_names: file:line of each rollout's prompt.
         pad_id: fills input_ids_BS; an embedding row must exist for it.
         max_support: the most ids a position may have; None: any number.
-        drop_end_ids: a completion that ended with one of these has its last row masked out of the loss.
+        drop_end_ids: an end of the student's with one of these has its row masked out of the loss.
         task_advantages: of each rollout, see `task_rewards`; None: 0.
+        loss_masks: [T] bool of each rollout, False at tokens that stay out of the loss, beside those that a rollout
+            itself says were not sampled; None: no others. The models read masked tokens as they are.
 
     Raises: AlignmentError when numbers of rows or ids disagree, for missing hidden states, for a sampled token in the
         loss that the two sides do not share, and for an id that occurs twice in one position's support.
@@ -98,6 +101,9 @@ def collate(
         raise AlignmentError(
             f"{len(rollouts)} rollouts, {len(scores)} scores and {len(prompt_names)} prompt names make no batch"
         )
+    if loss_masks is not None and len(loss_masks) != len(rollouts):
+        raise AlignmentError(f"{len(loss_masks)} loss masks for {len(rollouts)} rollouts")
+    masks: Sequence[BoolArray | None] = [None] * len(rollouts) if loss_masks is None else loss_masks
     aligned = [
         align(
             rollout,
@@ -107,8 +113,9 @@ def collate(
             num_shared_ids=num_shared_ids,
             max_support=max_support,
             drop_end_ids=drop_end_ids,
+            loss_mask_T=loss_mask_T,
         )
-        for rollout, score, name in zip(rollouts, scores, prompt_names, strict=True)
+        for rollout, score, name, loss_mask_T in zip(rollouts, scores, prompt_names, masks, strict=True)
     ]
     inputs = [np.concatenate([rollout.prompt_ids, rollout.completion_ids]) for rollout in rollouts]
     # Row C-1, the last of the prompt, predicts completion token 0.

@@ -121,13 +121,16 @@ class IdSwap:
         return np.where(ids == first, second, np.where(ids == second, first, ids))
 
     def to_teacher(self, sequence: SequenceToScore) -> SequenceToScore:
-        """The sequence as the teacher is to read it."""
+        """The sequence as the teacher is to read it; what lies between the student's turns stays as it is, too."""
         if self.pair is None:
             return sequence
         support = sequence.support
         if isinstance(support, Candidates):
             support = Candidates(self.ids(support.ids), support.counts_T)
-        return replace(sequence, completion_ids=self.ids(sequence.completion_ids), support=support)
+        completion_ids = self.ids(sequence.completion_ids)
+        if sequence.is_sampled_T is not None:
+            completion_ids = np.where(sequence.is_sampled_T, completion_ids, sequence.completion_ids)
+        return replace(sequence, completion_ids=completion_ids, support=support)
 
     def from_teacher(self, scores: SequenceScores) -> SequenceScores:
         """The scores in the student's labels."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vopd_client.alignment import SupportOwner
+from vopd_client.alignment import BoolArray, SupportOwner
 from vopd_client.batch import Batch, collate
 from vopd_client.errors import AlignmentError, ConfigError
 from vopd_client.linear_logprobs import gather_masked
@@ -21,7 +21,13 @@ from vopd_client.student import StudentOutputs
 from vopd_client.types import Candidates, HiddenStates, SequenceScores, SequenceToScore, TeacherTopK
 
 
-def batch_of(sequences: Sequence[SequenceToScore], scores: Sequence[SequenceScores], *, num_shared_ids: int) -> Batch:
+def batch_of(
+    sequences: Sequence[SequenceToScore],
+    scores: Sequence[SequenceScores],
+    *,
+    num_shared_ids: int,
+    loss_masks: Sequence[BoolArray] | None = None,
+) -> Batch:
     """What the teacher was asked and what it answered as one microbatch; its contexts are the teacher's.
 
     Raises: AlignmentError as `collate`; ConfigError for supports of several kinds, or hidden states.
@@ -33,6 +39,7 @@ def batch_of(sequences: Sequence[SequenceToScore], scores: Sequence[SequenceScor
         pad_id=0,
         num_shared_ids=num_shared_ids,
         support=_support_owner(sequences),
+        loss_masks=loss_masks,
     )
 
 

@@ -11,7 +11,7 @@ forward. The price is that the teacher's answer is waited for between forward an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vopd_client.alignment import BoolArray, SupportOwner
 from vopd_client.baselines import Baseline, Tail, choose_baseline
 from vopd_client.batch import collate
-from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, OURS, SETTINGS_OF_THE_PAPER, Objective, TrainConfig
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, OURS, SETTINGS_OF_THE_PAPER, Objective
 from vopd_client.errors import ConfigError
 from vopd_client.handshake import (
     check_capabilities,
@@ -44,6 +44,7 @@ from vopd_client.student import StudentForTraining
 from vopd_client.teacher_head import TeacherHead
 from vopd_client.teaching import Tell
 from vopd_client.teaching_plan import ConnectedTeacher
+from vopd_client.train_config import TrainConfig
 from vopd_proto.arrays import IntArray
 from vopd_proto.fingerprint import token_table
 
@@ -201,9 +202,8 @@ class RemoteLoss:
             num_shared_ids=self.student.num_shared_ids,
             support=self._request.support,
             max_support=settings.top_k,
-        )
-        own_BT = pad_sequence([torch.from_numpy(c.in_loss_T) for c in completions], batch_first=True)
-        batch = replace(batch, loss_mask_BT=batch.loss_mask_BT & own_BT).to(hidden_BSH.device)
+            loss_masks=[completion.in_loss_T for completion in completions],
+        ).to(hidden_BSH.device)
         outputs = self.student.outputs_at(
             hidden_BSH,
             batch.row_index_BT,

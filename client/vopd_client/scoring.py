@@ -45,7 +45,9 @@ class Request:
 
     def of(self, rollout: Rollout, prompt: Prompt) -> SequenceToScore:
         """One rollout after the context that the teacher sees, in the teacher's labels."""
-        sequence = SequenceToScore(prompt.teacher_ids, rollout.completion_ids, self._support(rollout))
+        sequence = SequenceToScore(
+            prompt.teacher_ids, rollout.completion_ids, self._support(rollout), rollout.is_sampled_T
+        )
         return self.swap.to_teacher(sequence)
 
     def _support(self, rollout: Rollout) -> Support:
@@ -75,12 +77,17 @@ class Flight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SentRollout:
-    """A rollout that the teacher is scoring."""
+    """A rollout that the teacher is scoring; answer None: it is masked, and no teacher was asked."""
 
     rollout: Rollout
     prompt: Prompt
-    answer: Future[SequenceScores]
+    answer: Future[SequenceScores] | None
     flight: Flight = field(default_factory=Flight)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it stays out of the loss."""
+        return self.answer is None
 
     @property
     def num_tokens(self) -> int:
@@ -145,6 +152,7 @@ class Waiter:
 
     def scores(self, sent: SentRollout) -> SequenceScores:
         """The answer to a rollout, in the teacher's labels. Raises: as `answer`."""
+        assert sent.answer is not None, "nobody was asked about a masked rollout"
         scores = self.answer(sent.prompt.teacher, sent.answer)
         sent.flight.land()  # those who wait are woken before the callback runs
         return scores

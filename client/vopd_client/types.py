@@ -10,7 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from vopd_proto.arrays import Float32Array, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,16 @@ Support = NoSupport | TeacherTopK | Candidates | HiddenStates
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceToScore:
-    """One completion and the context the *teacher* is to see before it."""
+    """One completion and the context the *teacher* is to see before it.
+
+    is_sampled_T: False at tokens that the student did not sample, whose scores nobody reads; None: it sampled all. Not
+        a part of the request: the teacher scores every token.
+    """
 
     context_ids: IntArray  # [C], C >= 1
     completion_ids: IntArray  # [T]
     support: Support = field(default_factory=NoSupport)
+    is_sampled_T: BoolArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -82,6 +82,15 @@ async def test_ragged_candidates_are_scored_as_they_come(teacher: Teacher, ask: 
         assert_ragged(teacher, answer, question, rows)
 
 
+async def test_a_trajectory_is_scored_with_no_candidates_at_what_a_tool_wrote(teacher: Teacher, ask: Ask) -> None:
+    """Two turns of the student with 40 tokens between them, and a third that follows at once."""
+    sampled, between = [[3, 4], [5], [6, 7, 8]], [[]] * 40
+    rows = [*sampled, *between, *sampled, *between[:1], [9]]
+    question = Question(random_completion(len(rows)), candidates=rows)
+    for answer in await answers_or_refusal(teacher, ask(CONTEXTS, [question]), "candidates"):
+        assert_ragged(teacher, answer, question, rows)
+
+
 def assert_ragged(teacher: Teacher, answer: Answer, question: Question, rows: list[list[int]]) -> None:
     expected_TV = teacher.expected_TV(question)
     expected = [expected_TV[t, candidate] for t, row in enumerate(rows) for candidate in row]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from vopd_client.errors import CheckpointError
 from vopd_client.pipeline import InFlight
@@ -32,6 +34,8 @@ def rollout(prompt_index: int, rollout_index: int) -> Rollout:
         support_counts_T=counts_T,
         support_mass_T=random.random(num_tokens).astype(np.float32),
         ended=bool(random.integers(2)),
+        is_sampled_T=random.random(num_tokens) < 0.5 if rollout_index else None,
+        task_reward=0.25 if rollout_index == 2 else None,
     )
 
 
@@ -102,3 +106,17 @@ def test_the_size_on_disk_is_bounded_by_what_the_disk_is_checked_for(tmp_path: P
     (path,) = tmp_path.iterdir()
     bound = rollout_bytes(num_rollouts=3, max_new_tokens=500, max_support=20)
     assert 0.95 * bound < path.stat().st_size < bound + 2000  # the header
+
+
+def test_files_of_versions_that_knew_one_turn_only_are_read(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, [InFlight(STEP, NUM_UPDATES, ROLLOUTS)], process_index=0)
+    [path] = tmp_path.glob("rollouts-*")
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for name in ("has_mask_N", "is_sampled_T", "task_reward_N"):
+        del arrays[name]
+    save_file(arrays, path, metadata=metadata)
+    (sampled,) = read_rollouts(tmp_path, PROMPTS)
+    for item in ROLLOUTS:
+        assert_same(sampled.rollouts[item.key], replace(item, is_sampled_T=None, task_reward=None))

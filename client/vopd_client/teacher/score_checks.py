@@ -49,7 +49,7 @@ def checked_scores(
             f"asked for a support of {num_asked} ids over {num_rows} rows, answered with "
             f"{len(support_ids)} ids and {len(support_logprobs)} log-probabilities"
         )
-    _check_sampled(sampled_logprobs_T, sequence.completion_ids)
+    _check_sampled(sampled_logprobs_T, sequence)
     _check_support(support_logprobs, support_ids, counts_T)
     wanted_H = hidden_size if isinstance(sequence.support, HiddenStates) else None
     return SequenceScores(
@@ -68,9 +68,15 @@ def _check_ids(support_ids: IntArray, vocab_size: int) -> None:
         raise AlignmentError(f"the teacher's top-k names id {int(support_ids.max())} of {vocab_size} that it has")
 
 
-def _check_sampled(sampled_logprobs_T: Float32Array, completion_ids: IntArray) -> None:
-    """-inf would be a reward of minus infinity: the teacher cannot have been asked about this id in earnest."""
-    bad = np.flatnonzero(~np.isfinite(sampled_logprobs_T))
+def _check_sampled(sampled_logprobs_T: Float32Array, sequence: SequenceToScore) -> None:
+    """-inf would be a reward of minus infinity: the teacher cannot have been asked about this id in earnest.
+
+    At a token that the student did not sample it is nobody's reward.
+    """
+    completion_ids, is_bad_T = sequence.completion_ids, ~np.isfinite(sampled_logprobs_T)
+    if sequence.is_sampled_T is not None:
+        is_bad_T &= sequence.is_sampled_T | ~np.isneginf(sampled_logprobs_T)
+    bad = np.flatnonzero(is_bad_T)
     if len(bad):
         row = int(bad[0])
         raise NonFiniteError(
