@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 
 # For vLLM and its processes; read when it is imported.
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+if not torch.cuda.is_available():
+    collect_ignore_glob.append("*_gpu.py")
 
 START_TIMEOUT_S = 900
 

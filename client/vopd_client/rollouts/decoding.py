@@ -127,23 +127,25 @@ def decode(
     *,
     end_ids: frozenset[int],
     max_new_tokens: int,
+    limits: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, bool]]:
     """Grows a batch to its end and yields (row, ended) as soon as a row is complete, before the next forward.
 
-    A row is complete with an end token (ended) or at `max_new_tokens` (not ended). It leaves the batch at once, and
-    one from the end of the batch takes its place.
+    A row is complete with an end token (ended) or at its limit (not ended), which is `max_new_tokens` unless `limits`
+    gives it a lower one. It leaves the batch at once, and one from the end of the batch takes its place.
     """
     rows = list(range(batch.num_rows))
+    limits = [max_new_tokens] * batch.num_rows if limits is None else limits
     logits_BV = batch.prefill()
     for position in range(max_new_tokens):
         token_ids_B = choose(logits_BV, rows, position)
-        is_last = position + 1 == max_new_tokens
         ended_B = [int(token_id) in end_ids for token_id in token_ids_B]
-        for row, ended in zip(rows, ended_B, strict=True):
-            if ended or is_last:
+        complete_B = [ended or position + 1 >= limits[row] for row, ended in zip(rows, ended_B, strict=True)]
+        for row, ended, complete in zip(rows, ended_B, complete_B, strict=True):
+            if complete:
                 yield row, ended
-        growing = closed_up(ended_B)
-        if is_last or not growing:
+        growing = closed_up(complete_B)
+        if not growing:
             return
         if len(growing) < len(rows):
             batch.keep(growing)
@@ -151,15 +153,15 @@ def decode(
         logits_BV = batch.step(token_ids_B[growing])
 
 
-def closed_up(ended_B: Sequence[bool]) -> list[int]:
+def closed_up(complete_B: Sequence[bool]) -> list[int]:
     """The slots that go on, in an order that leaves as many as possible where they are.
 
     Those behind the new end move into the gaps, in their order; the others stay.
     """
-    num_growing = len(ended_B) - sum(ended_B)
-    behind = [slot for slot in range(num_growing, len(ended_B)) if not ended_B[slot]]
+    num_growing = len(complete_B) - sum(complete_B)
+    behind = [slot for slot in range(num_growing, len(complete_B)) if not complete_B[slot]]
     fill = iter(behind)
-    return [next(fill) if ended_B[slot] else slot for slot in range(num_growing)]
+    return [next(fill) if complete_B[slot] else slot for slot in range(num_growing)]
 
 
 def in_batches_of_like_length(prompts: Sequence[IntArray], batch_size: int) -> list[list[int]]:

@@ -24,13 +24,13 @@ IDS_PER_BLOCK = 256
 def row_uniforms(seed: int, key: RolloutKey, num_tokens: int) -> Float64Array:
     """Uniform numbers in [0, 1) for one rollout, [num_tokens] float64; number t decides completion token t.
 
-    They are a function of (seed, step, prompt, rollout, t) alone: the key and the upper counter words of a
-    Philox generator hold the first four, and the lower ones count the tokens. So a rollout is the same
+    They are a function of (seed, step, prompt, rollout, turn, t) alone: the key and the upper counter words of a
+    Philox generator hold the first five, and the lowest one counts the tokens. So a rollout is the same
     whatever the rank, the batch or the order it is sampled in, and a longer limit only appends numbers.
     """
     generator = np.random.Philox(
         key=np.array([seed, key.step], np.uint64),
-        counter=np.array([0, 0, key.prompt_index, key.rollout_index], np.uint64),
+        counter=np.array([0, key.turn, key.prompt_index, key.rollout_index], np.uint64),
     )
     return np.random.Generator(generator).random(num_tokens)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vopd_client.errors import NonFiniteError
 from vopd_client.rollouts.base import Rollout, RolloutKey
+from vopd_client.rollouts.base import RolloutRequest as RolloutRequest
 from vopd_client.rollouts.decoding import (
     GrowingBatch,
     decode,
@@ -64,9 +65,6 @@ class _Recording:
         )
 
 
-RolloutRequest = tuple[RolloutKey, IntArray]
-
-
 class RolloutSampler:
     """Samples completions from `model` as it is when iteration starts.
 
@@ -111,20 +109,28 @@ class RolloutSampler:
         self._batch_size = batch_size
         self._mixed_precision = mixed_precision
 
-    def sample(self, requests: Sequence[RolloutRequest]) -> Iterator[Rollout]:
+    def sample(self, requests: Sequence[RolloutRequest], *, limits: Sequence[int] | None = None) -> Iterator[Rollout]:
         """Yields one rollout a request, each as soon as it ends, so in no particular order.
+
+        Args: limits: tokens of each request's completion, at most; None: max_new_tokens for all.
 
         Raises: NonFiniteError when the model's logits are NaN or infinite; it names the draw.
         """
+        limits = [self._max_new_tokens] * len(requests) if limits is None else limits
         forward = InferenceForward(self._model, self._mixed_precision)
         batches = in_batches_of_like_length([prompt_ids for _, prompt_ids in requests], self._batch_size)
         for indices in batches:
-            yield from self._sample_batch(forward, [requests[index] for index in indices])
+            yield from self._sample_batch(
+                forward, [requests[index] for index in indices], [limits[index] for index in indices]
+            )
 
-    def _sample_batch(self, forward: InferenceForward, requests: Sequence[RolloutRequest]) -> Iterator[Rollout]:
+    def _sample_batch(
+        self, forward: InferenceForward, requests: Sequence[RolloutRequest], limits: Sequence[int]
+    ) -> Iterator[Rollout]:
         keys = [key for key, _ in requests]
         prompts = [prompt_ids for _, prompt_ids in requests]
-        uniforms_BT = np.stack([row_uniforms(self._seed, key, self._max_new_tokens) for key in keys])
+        max_new_tokens = max(limits)
+        uniforms_BT = np.stack([row_uniforms(self._seed, key, max_new_tokens) for key in keys])
         recordings = [_Recording() for _ in keys]
 
         def choose(logits_BV: Tensor, rows: Sequence[int], position: int) -> IntArray:
@@ -137,12 +143,13 @@ class RolloutSampler:
                 recordings[row].append(step, slot)
             return step.token_ids_B
 
-        batch = GrowingBatch(forward, prompts, pad_id=self._pad_id, max_new_tokens=self._max_new_tokens)
+        batch = GrowingBatch(forward, prompts, pad_id=self._pad_id, max_new_tokens=max_new_tokens)
         for row, ended in decode(
             batch,
             choose,
             end_ids=self._end_ids,
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            limits=limits,
         ):
             yield recordings[row].rollout(keys[row], prompts[row], ended=ended)
 
