@@ -1,6 +1,6 @@
 """Objectives side by side: the same start, the same prompts, five seeds, two tasks; about two and a half hours.
 
-Every run is a real training run (`vopd_client.trainer.run_training`) against one real teacher process on loopback,
+Every run is a real training run (`vopd_client.training_run.run_training`) against one real teacher process on loopback,
 one after the other with all cores: two side by side with half of the cores each took as long. A finished run is
 written to objectives.json at once. When the benchmark is interrupted the same command goes on with the first run
 that is missing; one that was cut off in the middle starts anew.
@@ -148,7 +148,7 @@ class Bench:
         Raises: TeacherError, and RuntimeError when the teacher is gone. A run that the training itself stops is a
             result like any other.
         """
-        from vopd_client.trainer import EXIT_DONE, EXIT_INTERRUPTED, run_training  # brings torch
+        from vopd_client.training_run import EXIT_DONE, EXIT_INTERRUPTED, run_training  # brings torch
 
         directory = RunDirectory(self.work / run.name)
         shutil.rmtree(directory.path, ignore_errors=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vopd_client.config import TrainConfig
 from vopd_client.run_directory import settings_that_matter
+from vopd_client.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO, CHAIN_SUM = ROOT / "examples" / "demo", ROOT / "bench" / "data" / "chain_sum"

@@ -70,7 +70,7 @@ def main() -> int:
 
 def train(case: Case, teacher_url: str, *, model: str, work: Path, counted_steps: int) -> list[dict[str, Any]]:
     """One training run from nothing; the rows of its steps. Its pictures stay in `work`, its weights do not."""
-    from vopd_client.trainer import EXIT_DONE, run_training  # brings torch
+    from vopd_client.training_run import EXIT_DONE, run_training  # brings torch
 
     directory = RunDirectory(work / case.name)
     shutil.rmtree(directory.path, ignore_errors=True)

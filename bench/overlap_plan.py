@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from vopd_client.config import TrainConfig
+from vopd_client.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "examples" / "demo" / "train.jsonl"

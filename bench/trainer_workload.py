@@ -20,12 +20,12 @@ from torch import nn
 
 from floors import MachineRates, ModelShape, forward_floor_s, rollouts_floor_s, update_floor_s
 from vopd_client.batch import Batch, collate, plan_microbatches
-from vopd_client.config import TrainConfig
 from vopd_client.losses import compute_loss
 from vopd_client.optimization import make_optimizer, scale_and_clip
 from vopd_client.rollouts.base import Rollout, RolloutKey
 from vopd_client.rollouts.transformers import RolloutRequest, RolloutSampler
 from vopd_client.student import LoadedStudent, load_student
+from vopd_client.train_config import TrainConfig
 from vopd_client.types import SequenceScores
 from vopd_proto.arrays import IntArray
 from vopd_server.engines.transformers import TransformersEngine

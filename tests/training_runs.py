@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fake_local_teacher import FakeLocalTeacher
-from vopd_client.config import TrainConfig
 from vopd_client.run_directory import RunDirectory, read_rows
-from vopd_client.trainer import run_training
+from vopd_client.train_config import TrainConfig
+from vopd_client.training_run import run_training
 
 NUM_PROMPTS = 6
 ROLLOUTS_A_STEP = 4

@@ -6,8 +6,8 @@ Where things are, in the order in which a training step needs them:
     the teacher     teacher/ (over the wire), local_teacher and local_engine (in this process), handshake,
                     show and scored_text (for people)
     prompts         prompts, prompt_rows, render, verify
-    the student     student, model_files, output_head, linear_logprobs
-    rollouts        rollouts/
+    the student     student, model_files, output_head, linear_logprobs, gradient_checkpointing
+    rollouts        rollouts/, environment and added_turns (trajectories of several turns)
     scores          scoring, alignment, batch
     the objective   losses, loss_inputs, logits_inputs, baselines, variance
     the loop        trainer, schedule, optimization, step_metrics, processes, interruption
@@ -15,6 +15,7 @@ Where things are, in the order in which a training step needs them:
     others' loops   remote_loss, trl
     evaluation      evaluation, held_out_kl, teacher_greedy, eval_command
     on disk         run_directory, checkpoint, tracking
+    the result      export, model_card, provenance, export_command
     the report      report, run_data, plots
 
 What a program of its own needs is named here, and imported when it is first used: `from vopd_client import
@@ -29,11 +30,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vopd_client import errors, losses, types
     from vopd_client.batch import Batch, collate, plan_microbatches
+    from vopd_client.export import save_student
     from vopd_client.handshake import num_shared_ids
     from vopd_client.render import sequence_of_text
     from vopd_client.rollouts.base import Rollout, RolloutKey
     from vopd_client.rollouts.transformers import RolloutSampler
-    from vopd_client.student import LoadedStudent, StudentForTraining, load_student, save_student
+    from vopd_client.student import LoadedStudent, StudentForTraining, load_student
     from vopd_client.teacher import RemoteTeacher, ScoreStream, TeacherClient
     from vopd_client.teaching import compare_tokenizers
     from vopd_client.types import (
@@ -83,11 +85,12 @@ __all__ = [
 _NAMES = {
     "": ("errors", "losses", "types"),
     ".batch": ("Batch", "collate", "plan_microbatches"),
+    ".export": ("save_student",),
     ".handshake": ("num_shared_ids",),
     ".render": ("sequence_of_text",),
     ".rollouts.base": ("Rollout", "RolloutKey"),
     ".rollouts.transformers": ("RolloutSampler",),
-    ".student": ("LoadedStudent", "StudentForTraining", "load_student", "save_student"),
+    ".student": ("LoadedStudent", "StudentForTraining", "load_student"),
     ".teacher": ("RemoteTeacher", "ScoreStream", "TeacherClient"),
     ".teaching": ("compare_tokenizers",),
     ".types": (

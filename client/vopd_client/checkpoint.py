@@ -70,6 +70,12 @@ class StateWriter(Protocol):
     def save_state(self, output_dir: str) -> Any: ...
 
 
+class StateStorage(StateWriter, Protocol):
+    """What going on needs, too."""
+
+    def load_state(self, input_dir: str) -> Any: ...
+
+
 def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from vopd_client.command_config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, VarianceConfig
-from vopd_client.config import TrainConfig
+from vopd_client.command_config import (
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    InfoConfig,
+    ReportConfig,
+    ScoreConfig,
+    VarianceConfig,
+)
 from vopd_client.errors import VopdError
+from vopd_client.train_config import TrainConfig
 from vopd_settings import SettingsError, load_settings
 
 ENV_PREFIX = "VOPD_CLIENT_"
@@ -34,7 +43,7 @@ def _score(config: ScoreConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from vopd_client.trainer import run_training
+    from vopd_client.training_run import run_training
 
     return run_training(config)
 
@@ -61,6 +70,21 @@ def _report(config: ReportConfig) -> int:
     return 0
 
 
+def _export(config: ExportConfig) -> int:
+    from vopd_client.export_command import run_export
+
+    sys.stdout.write(f"{run_export(config)}\n")
+    return 0
+
+
+def _compare(config: CompareConfig) -> int:
+    from vopd_client.compare_command import run_compare
+
+    for path in run_compare(config):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
 class Command(NamedTuple):
     settings: type[BaseModel]
     run: Callable[..., int]
@@ -80,6 +104,12 @@ COMMANDS = {
     "report": Command(
         ReportConfig, _report, "Draws curves.png, timeline.png and report.html from a run's own metrics."
     ),
+    "export": Command(
+        ExportConfig, _export, "Writes a run's student, as of a checkpoint, as a model that others load, with its card."
+    ),
+    "compare": Command(
+        CompareConfig, _compare, "Runs, or results of evaluations, side by side: a picture, a page and tables."
+    ),
 }
 
 
@@ -89,8 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = _command_name(arguments)
     command = COMMANDS[name]
     rest = arguments[1:]
-    if name == "report" and rest and not rest[0].startswith("-"):
+    if name in {"report", "export"} and rest and not rest[0].startswith("-"):
         rest = ["--run-dir", *rest]  # `vopd-client report runs/demo`
+    if name == "compare":  # `vopd-client compare runs/a runs/b`
+        paths = list(takewhile(lambda word: not word.startswith("-"), rest))
+        rest = [word for path in paths for word in ("--inputs", path)] + rest[len(paths) :]
     try:
         config = load_settings(
             command.settings,

@@ -1,4 +1,4 @@
-"""Settings of the commands beside training: info, score, eval, variance, report."""
+"""Settings of the commands beside training: info, score, eval, variance, report, export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic_settings import NoDecode
 
 from vopd_client.config import (
     AnyTeacherConfig,
+    ChatSettings,
     CommaSeparated,
     MixedPrecision,
     PromptColumns,
@@ -27,6 +28,7 @@ def _split_numbers(value: object) -> object:
 
 
 Integers = Annotated[list[int], NoDecode, BeforeValidator(_split_numbers)]
+Paths = Annotated[list[Path], NoDecode, BeforeValidator(split_commas)]
 Shares = Annotated[list[float], NoDecode, BeforeValidator(_split_numbers)]
 
 
@@ -50,13 +52,13 @@ class ScoreConfig(InfoConfig):
     temperature: Temperature = Field(1.0, description="Temperature of the teacher's log-probabilities.")
 
 
-class EvalConfig(PromptColumns):
+class EvalConfig(PromptColumns, ChatSettings):
     """`vopd-client eval`."""
 
     model: str = Field(description="Model to evaluate: a directory (a run's model/) or a hub id.")
     prompts: str = Field(
-        description="Prompts with answers: a .jsonl or .parquet file, or a hub data set (name, name:split or "
-        "name:configuration:split)."
+        description="Prompts with answers: a .jsonl or .parquet file, a hub data set (name, name:split or "
+        "name:configuration:split), or rows that a task makes (reasoning-gym:task, see docs/evaluation.md)."
     )
     as_teacher: bool = Field(
         False, description="Show the model what the rows give the teacher (few-shot, hints) instead of the student."
@@ -99,7 +101,7 @@ class EvalConfig(PromptColumns):
         return self
 
 
-class VarianceConfig(AnyTeacherConfig, PromptColumns):
+class VarianceConfig(AnyTeacherConfig, PromptColumns, ChatSettings):
     """`vopd-client variance`."""
 
     student: str = Field(description="Student model: a directory or a hub id.")
@@ -177,3 +179,39 @@ class ReportConfig(Settings):
     """`vopd-client report`."""
 
     run_dir: Path = Field(description="Directory of the run (also as the first argument).")
+
+
+class ExportConfig(Settings):
+    """`vopd-client export`."""
+
+    run_dir: Path = Field(description="Directory of the run (also as the first argument).")
+    checkpoint: str | None = Field(
+        None, description="Checkpoint of the run, such as step-000020; default: the newest complete one."
+    )
+    export: Literal["merged", "adapter"] | None = Field(
+        None,
+        description="The whole model, LoRA merged in, or LoRA's adapter alone; default: as the run's settings say.",
+    )
+    export_dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
+        None,
+        description="Type of the weights, auto: that of the student's own files; default: as the run's settings say.",
+    )
+    # Not output_dir: that holds the runs in training, and the environment variable would be the same.
+    export_dir: Path | None = Field(
+        None, description="Directory to write; default: in the run's, such as merged-step-000020."
+    )
+
+
+class CompareConfig(Settings):
+    """`vopd-client compare`."""
+
+    inputs: Paths = Field(
+        description="Directories of runs, or result files of eval's json-file (also as the first arguments); repeat, "
+        "or separate by commas."
+    )
+    # Not output_dir: that holds the runs, and the environment variable would be the same.
+    comparison_dir: Path | None = Field(
+        None,
+        description="Directory for comparison.png and comparison.html; default: comparison-a-b beside the first input, "
+        "a and b being the inputs' names.",
+    )

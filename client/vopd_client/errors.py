@@ -8,6 +8,9 @@ VopdError
 ├── AlignmentError (ValueError)               scores that do not line up with the completion
 ├── NonFiniteError (ArithmeticError)          a log-probability or loss that is not finite
 ├── OutOfMemory (MemoryError)                 the device is full; names the settings that help
+├── EnvironmentReplyError (RuntimeError)      an environment failed, or replied something that is no reply
+├── RolloutEngineError (RuntimeError)         vLLM failed on a rollout or on new weights
+├── RolloutEngineUnavailableError (ConnectionError)  vLLM is gone, for longer than the time-out
 └── TeacherError
     ├── HandshakeError (ValueError)           another tokenizer, or something it cannot do
     ├── TeacherRequestError (ValueError)      INVALID_ARGUMENT: the request can never be answered
@@ -50,6 +53,18 @@ class NonFiniteError(VopdError, ArithmeticError):
 
 class OutOfMemory(VopdError, MemoryError):  # noqa: N818  (named as torch's)
     """The student's device is full; the message names the settings that help."""
+
+
+class RolloutEngineError(VopdError, RuntimeError):
+    """vLLM failed on a rollout or on new weights, or does what it was not asked for."""
+
+
+class RolloutEngineUnavailableError(VopdError, ConnectionError):
+    """The engine of the rollouts died, or its server made no progress for longer than the time-out."""
+
+
+class EnvironmentReplyError(VopdError, RuntimeError):
+    """A user's environment failed, took too long, or replied something that is no reply; names row and turn."""
 
 
 class TeacherError(VopdError):

@@ -25,6 +25,7 @@ from vopd_client.types import SequenceScores
 
 def wait_for_answer(sent: SentRollout) -> SequenceScores:
     """The answer as it came. Raises: what the teacher's future raises."""
+    assert sent.answer is not None, "all of an evaluation's rollouts are scored"
     return sent.answer.result()
 
 

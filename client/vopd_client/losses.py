@@ -51,7 +51,7 @@ from vopd_client.shaping import DIFFERENTIATED_OBJECTIVES, NO_SHAPING, Shaping
 if TYPE_CHECKING:
     from vopd_client.batch import Batch
     from vopd_client.student import StudentOutputs
-    from vopd_client.types import SequenceScores, SequenceToScore
+    from vopd_client.types import BoolArray, SequenceScores, SequenceToScore
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def loss_from_logits(
     num_shared_ids: int | None = None,
     tail: Tail = "renormalise",
     baseline: Baseline | None = None,
+    loss_masks: Sequence[BoolArray] | None = None,
 ) -> LossOutput:
     """`compute_loss` for a student of any kind, from its logits and what the teacher was asked and answered.
 
@@ -180,6 +181,8 @@ def loss_from_logits(
         temperature: the one that the teacher scored at.
         num_shared_ids: only ids below it take part in the softmax; None: all V. Less where one side pads its head.
         tail, baseline: as in `compute_loss`.
+        loss_masks: [T] bool of each sequence, False at tokens that the student did not sample, such as a tool's
+            output; None: all are in the loss.
 
     Raises:
         AlignmentError: rows, scores and completions that do not fit each other.
@@ -189,7 +192,7 @@ def loss_from_logits(
     from vopd_client.logits_inputs import batch_of, outputs_of  # brings transformers
 
     num_ids = logits_BTV.shape[-1] if num_shared_ids is None else num_shared_ids
-    batch = batch_of(sequences, scores, num_shared_ids=num_ids).to(logits_BTV.device)
+    batch = batch_of(sequences, scores, num_shared_ids=num_ids, loss_masks=loss_masks).to(logits_BTV.device)
     if objective != "opd" and not batch.support_ids_BTK.shape[-1]:
         raise ConfigError(f"objective {objective} needs a support: score with TeacherTopK(k) or Candidates(...)")
     student = outputs_of(logits_BTV, batch, num_shared_ids=num_ids, temperature=temperature)

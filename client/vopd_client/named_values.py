@@ -2,13 +2,16 @@
 
 In a flag or a variable, commas separate values as in every other list; a part `name=value` begins the values of a
 name, and a part without a name belongs to the one before it.
+
+And JSON objects.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_settings import NoDecode
@@ -61,3 +64,19 @@ def check_names(values: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 NamedLists = Annotated[dict[str, list[str]], NoDecode, BeforeValidator(split_names), AfterValidator(check_names)]
+
+
+def read_json_object(value: object) -> object:
+    """A JSON object in a flag or a variable; a mapping of a file as it is. Raises: ValueError for other text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON at column {error.colno}: {error.msg}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"a JSON object, with names and values in braces, and not {value!r}")
+    return read
+
+
+JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(read_json_object)]

@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -55,7 +58,8 @@ def scale_and_clip(
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, accelerator.num_processes / max(num_valid_tokens, 1.0))
-    norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     check_finite(norm, "norm of the gradient")
     return norm
 
@@ -64,22 +68,37 @@ def scale_and_clip(
 def adam_moment_variance(optimizer: Any) -> float:
     """Sum over the weights of v_hat - m_hat^2: the variance of the step's gradient as Adam's moments see it.
 
-    A proxy, over about 1 / (1 - beta2) steps: gradients after clipping, and a mean that lags behind the weights.
+    A proxy, over about 1 / (1 - beta2) steps: gradients after clipping, and a mean that lags behind the weights. Of a
+    sharded model every process adds up its own part, and all of them exchange the sums.
 
     Source: the public code of arXiv 2605.07865.
     """
     total = 0.0
+    mesh: DeviceMesh | None = None
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
             state = optimizer.state.get(parameter)
             if not state:
                 continue  # no gradient has reached it yet
             steps = float(state["step"])
-            v_hat = float(state["exp_avg_sq"].sum()) / (1 - beta2**steps)
-            m_hat_squared = float(torch.linalg.vector_norm(state["exp_avg"])) ** 2 / (1 - beta1**steps) ** 2
-            total += v_hat - m_hat_squared
-    return total
+            v_hat = float(_own_part(state["exp_avg_sq"]).sum()) / (1 - beta2**steps)
+            norm = float(torch.linalg.vector_norm(_own_part(state["exp_avg"])))
+            total += v_hat - norm**2 / (1 - beta1**steps) ** 2
+    return total if mesh is None else _sum_over(mesh, total)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_over(mesh: DeviceMesh, value: float) -> float:
+    summed = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+    all_reduce(summed, group=mesh.get_group())
+    return float(summed)
 
 
 def check_finite(value: float, what: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from vopd_client.baselines import choose_baseline
-from vopd_client.checkpoint import RunIdentity, TrainerState
-from vopd_client.config import TrainConfig
-from vopd_client.errors import ConfigError
+from vopd_client.chat_templates import chat_options, check_has_chats
+from vopd_client.checkpoint import RunIdentity, StateStorage, TrainerState, checkpoint_name
+from vopd_client.environment import check_rows, gives_rewards, introduce_environment
+from vopd_client.errors import ConfigError, DataError
 from vopd_client.optimization import make_optimizer, make_scheduler
 from vopd_client.pipeline import InFlight
 from vopd_client.processes import wrap
-from vopd_client.prompts import Prompt, PromptRow, RowFormat, choose_teachers, load_prompts
-from vopd_client.resumption import check_room, go_back_to_checkpoint, hash_prompts, rollouts_in_flight
-from vopd_client.rollouts.base import Rollout
+from vopd_client.prompt_source import ListedPrompts, PromptSource
+from vopd_client.prompts import Prompt, PromptRow, RowFormat, choose_teachers, load_prompts, open_stream, read_row
+from vopd_client.resumption import check_room, go_back_to_checkpoint, rollouts_in_flight
+from vopd_client.rollout_engine import EngineStart, VllmRollouts, introduce_rollouts
+from vopd_client.rollouts.base import Rollout, Sampler
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.run_directory import RunDirectory, settings_hash
 from vopd_client.scoring import about_teacher
 from vopd_client.shaping import DIFFERENTIATED_OBJECTIVES, Shaping, check_shaping, reward_floor
+from vopd_client.sharded_checkpoint import ShardedState
+from vopd_client.sharding import is_sharded, shard
+from vopd_client.streamed_prompts import StreamedPrompts, StreamOfRows
 from vopd_client.student import LoadedStudent, load_student
 from vopd_client.teaching import (
     Tell,
@@ -40,16 +47,21 @@ from vopd_client.teaching import (
     render,
 )
 from vopd_client.teaching_plan import Teachers, TeachingPlan, fit_to_teachers
+from vopd_client.train_config import TrainConfig
 
 STALE_IMPORTANCE_CAP = 2.0  # one update moves few tokens' probabilities by more; the metrics say how many
 
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The rows of both files, checked but not rendered yet."""
+    """The rows of both files, checked but not rendered yet.
+
+    stream: where the training rows come from when they are not held; `train` then has those that it begins with.
+    """
 
     train: list[PromptRow]
     held_out: list[PromptRow]
+    stream: StreamOfRows | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,11 @@ class Run:
     model: nn.Module  # the student's module as accelerate wrapped it
     optimizer: Any
     scheduler: Any
-    sampler: RolloutSampler
+    storage: StateStorage
+    sampler: Sampler
+    vllm: VllmRollouts | None  # what `sampler` samples with, where it is not transformers
     shaping: Shaping
-    prompts: list[Prompt]
+    prompts: PromptSource
     eval_prompts: list[Prompt]
     identity: RunIdentity
     state: TrainerState
@@ -76,18 +90,41 @@ class Run:
 def load_rows(config: TrainConfig) -> PromptRows:
     """Raises: DataError with file and line, also for a row whose teacher there is not; ConfigError for a teacher that
     no row names."""
-    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix)
+    row_format = RowFormat(config.prompt_column, config.answer_column, config.prompt_suffix, config.answer_form)
     names = sorted(config.teacher)
 
     def load(spec: str) -> list[PromptRow]:
         rows = load_prompts(spec, default_verifier=config.verifier, row_format=row_format)
         return choose_teachers(rows, names)
 
-    rows = PromptRows(load(config.prompts), load(config.eval_prompts) if config.eval_prompts else [])
+    held_out = load(config.eval_prompts) if config.eval_prompts else []
+    if config.eval_samples_per_prompt > 1 and all(row.answer is None for row in held_out):
+        raise DataError(
+            f"{config.eval_prompts}: no row has an answer, and eval_samples_per_prompt "
+            f"{config.eval_samples_per_prompt} compares with answers"
+        )
+    if config.stream_prompts:
+        parse = partial(parse_streamed_row, config=config, row_format=row_format)
+        stream = StreamOfRows(
+            config.prompts, open_stream(config.prompts, row_format=row_format), parse, config.shuffle_buffer
+        )
+        return PromptRows(stream.beginning(), held_out, stream)
+    rows = PromptRows(check_rows(config, load(config.prompts)), held_out)
+    check_has_chats(chat_options(config), (*rows.train, *rows.held_out))
     idle = set(names) - {row.teacher for row in (*rows.train, *rows.held_out)}
     if idle:
         raise ConfigError(f"no row names teacher {', '.join(sorted(idle))}: leave out what has nothing to teach")
     return rows
+
+
+def parse_streamed_row(
+    value: object, index: int, source: str, *, config: TrainConfig, row_format: RowFormat
+) -> PromptRow:
+    """One row of a stream with all that lists of rows are checked for. Raises: DataError with file and line."""
+    row = read_row(value, index=index, source=source, default_verifier=config.verifier, row_format=row_format)
+    if config.task_reward_weight > 0 and row.answer is None and not gives_rewards(config):
+        raise DataError(f"{source}: no answer, and task_reward_weight {config.task_reward_weight:g} needs one")
+    return check_rows(config, choose_teachers([row], sorted(config.teacher)))[0]
 
 
 def prepare_run(
@@ -97,6 +134,7 @@ def prepare_run(
     rows: PromptRows,
     teachers: Teachers,
     tell: Tell,
+    engine: EngineStart | None = None,
 ) -> Run:
     """Loads the student, checks that teachers, student and prompts go together, and goes back to a checkpoint.
 
@@ -113,6 +151,7 @@ def prepare_run(
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
         device=accelerator.device,
     )
@@ -126,32 +165,42 @@ def prepare_run(
 
     module = student.module
     if shaping.importance_cap is not None and any(plan.request.drop_end_ids for plan in plans.values()):
-        setting = "importance_cap" if config.importance_cap is not None else "max_staleness 1"
+        setting = "max_staleness 1" if config.max_staleness > 0 else "rollouts vllm"
+        setting = "importance_cap" if config.importance_cap is not None else setting
         raise ConfigError(
             f"{setting} does not go with end_token drop: completions were sampled with the end token, and the "
             "probabilities that the loss sees, and importance weights compare with, are those without it"
         )
     module.reward_floor = shaping.reward_floor
     check_room(config, directory, module)
-    introduction = introduce(config, student, plans, prompts, eval_prompts)
+    introduction = [*introduce(config, student, plans, prompts, eval_prompts), *introduce_environment(config)]
     for line in (*introduction, *introduce_staleness(config, shaping), *bias_warnings(config)):
         tell(line)
 
+    if config.sharding == "fsdp":
+        shard(module, accelerator)
     optimizer = make_optimizer(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = make_scheduler(
         optimizer, schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=config.steps
     )
     wrapped = wrap(accelerator, module, optimizer, scheduler)
+    storage = ShardedState(accelerator, module, *wrapped[1:]) if is_sharded(module) else accelerator
+    source = prompt_source(config, rows, prompts, student, teachers)
     identity = RunIdentity(
         config_hash=settings_hash(config.model_dump(mode="json")),
-        prompts_hash=hash_prompts(prompts),
+        prompts_hash=source.fingerprint,
         teacher_model_id=of_each_teacher({name: teacher.info.model_id for name, teacher in teachers.items()}),
         teacher_model_revision=of_each_teacher(
             {name: teacher.info.model_revision for name, teacher in teachers.items()}
         ),
     )
-    state = go_back_to_checkpoint(config, accelerator, directory, identity, tell)
-    in_flight = rollouts_in_flight(config, accelerator, directory.checkpoints, state, prompts, tell)
+    state = go_back_to_checkpoint(config, storage, directory, identity, tell)
+    if state.step > 0:
+        source.read_state(directory.checkpoints / checkpoint_name(state.step), state.step)
+    in_flight = rollouts_in_flight(config, accelerator, directory.checkpoints, state, source, tell)
+    vllm = engine.prepare(student, accelerator, directory.path) if engine is not None else None
+    for line in introduce_rollouts(vllm, importance_cap=shaping.importance_cap, is_weighed=has_sampled_term(config)):
+        tell(line)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -161,13 +210,34 @@ def prepare_run(
         model=wrapped.model,
         optimizer=wrapped.optimizer,
         scheduler=wrapped.scheduler,
-        sampler=make_sampler(config, student, seed=config.seed),
+        storage=storage,
+        sampler=make_sampler(config, student, seed=config.seed) if vllm is None else vllm.sampler,
+        vllm=vllm,
         shaping=shaping,
-        prompts=prompts,
+        prompts=source,
         eval_prompts=eval_prompts,
         identity=identity,
         state=state,
         in_flight=in_flight,
+    )
+
+
+def prompt_source(
+    config: TrainConfig, rows: PromptRows, prompts: Sequence[Prompt], student: LoadedStudent, teachers: Teachers
+) -> PromptSource:
+    """Where steps get their prompts from; prompts: `rows.train`, rendered."""
+    if rows.stream is None:
+        return ListedPrompts(prompts, config.seed, config.prompts_per_step)
+
+    def render_one(row: PromptRow) -> Prompt:
+        return render([row], config, student, teachers, max_new_tokens=config.max_new_tokens)[0]
+
+    return StreamedPrompts(
+        rows.stream,
+        render_one,
+        seed=config.seed,
+        prompts_per_step=config.prompts_per_step,
+        max_staleness=config.max_staleness,
     )
 
 
@@ -180,7 +250,8 @@ def check_objective(config: TrainConfig) -> Shaping:
     """What is done to rewards and advantages. Raises: ConfigError for settings that do not go together."""
     choose_baseline(config.objective, config.baseline)
     importance_cap = config.importance_cap
-    if importance_cap is None and config.max_staleness > 0 and has_sampled_term(config):
+    sampled_elsewhere = config.max_staleness > 0 or config.rollouts == "vllm"
+    if importance_cap is None and sampled_elsewhere and has_sampled_term(config):
         importance_cap = STALE_IMPORTANCE_CAP
     shaping = Shaping(reward_floor(config.reward_clip_lambda), config.advantage_clip, importance_cap)
     check_shaping(config.objective, shaping, has_task_reward=config.task_reward_weight > 0)
@@ -210,7 +281,7 @@ def introduce_staleness(config: TrainConfig, shaping: Shaping) -> list[str]:
 
 def check_answers(config: TrainConfig, rows: Sequence[PromptRow]) -> None:
     """A task reward compares every completion with an answer. Raises: ConfigError naming the rows without one."""
-    if config.task_reward_weight == 0:
+    if config.task_reward_weight == 0 or gives_rewards(config):
         return
     without = [row.source for row in rows if row.answer is None]
     if without:

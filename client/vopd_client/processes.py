@@ -23,13 +23,14 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError, VopdError
 from vopd_client.interruption import Interrupted
+from vopd_client.train_config import TrainConfig
 
 
 class Wrapped(NamedTuple):
@@ -41,9 +42,16 @@ class Wrapped(NamedTuple):
 
 
 Problem = Interrupted | VopdError
+LARGEST_OF = "largest/"  # begins the names of numbers that processes do not add up
 Report = tuple[Problem | None, dict[str, float]]
 Exchange = Callable[[list[Report]], list[Report]]
 
+# Set by `accelerate launch` where its settings ask for shards; on CPUs it goes on without them and says nothing.
+_ASKED_FOR_SHARDS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 _UNSHARDED = {
     *(DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU),
     *(DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU),
@@ -59,9 +67,12 @@ def make_deterministic() -> None:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Devices and processes, as `accelerate launch` or its absence set them up.
 
-    Raises: ConfigError when the device is not there, shards of the model are asked for (sampling needs all of its
-        weights in every process), or there are more processes than prompts a step.
+    Raises: ConfigError when the device is not there, accelerate is to shard the model, or there are more processes
+        than prompts a step.
     """
+    for variable, what in _ASKED_FOR_SHARDS.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise _sharded_by_accelerate(what)
     # Of a weight that two layers share, one copy is saved and both are loaded; accelerate warns every time.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     # One process may wait for the teacher or evaluate while the others wait for it.
@@ -81,10 +92,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.device is not None and accelerator.device.type != config.device:
         raise ConfigError(f"device {config.device} was asked for; what there is here is {accelerator.device.type}")
     if accelerator.distributed_type not in _UNSHARDED:
-        raise ConfigError(
-            f"{accelerator.distributed_type.value} shards the model, and rollouts are sampled from a whole one: "
-            "use plain data parallelism (--multi_gpu)"
-        )
+        raise _sharded_by_accelerate(accelerator.distributed_type.value)
     if accelerator.num_processes > config.prompts_per_step:
         raise ConfigError(
             f"{accelerator.num_processes} processes share prompts_per_step {config.prompts_per_step}: "
@@ -93,9 +101,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _sharded_by_accelerate(what: str) -> ConfigError:
+    return ConfigError(
+        f"accelerate's settings ask for {what}; rollouts need the whole model now and then, so its shards are made "
+        "here: take that setting (--use_fsdp and the like) out of accelerate's, and give --sharding fsdp for FSDP2"
+    )
+
+
 def wrap(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Wrapped:
     """What accelerate makes of them, with no exchange hidden in a forward, and checkpoints that any number of
-    processes can read."""
+    processes can read. A model that is sharded already gets the autocast alone."""
+    if isinstance(module, FSDPModule):
+        return Wrapped(
+            accelerator.prepare_model(module, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
+        )
     wrapped = Wrapped(*accelerator.prepare(module, optimizer, scheduler))
     if isinstance(wrapped.model, DistributedDataParallel):
         wrapped.model.broadcast_buffers = False  # they are constants; its argument has another name in each torch
@@ -136,6 +155,11 @@ def agree(
 
 
 def add_up(all_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sum of each number over the processes that have it: some have no rollouts of one of several teachers."""
+    """The sum of each number over the processes that have it: some have no rollouts of one of several teachers.
+
+    Of a name that begins with LARGEST_OF, the largest; such numbers are never negative.
+    """
     names = dict.fromkeys(name for sums in all_sums for name in sums)
-    return {name: sum(sums.get(name, 0.0) for sums in all_sums) for name in names}
+    return {
+        name: (max if name.startswith(LARGEST_OF) else sum)(sums.get(name, 0.0) for sums in all_sums) for name in names
+    }

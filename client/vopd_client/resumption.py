@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -13,21 +11,22 @@ from torch import nn
 
 from vopd_client.checkpoint import (
     RunIdentity,
+    StateStorage,
     TrainerState,
     check_identity,
     checkpoint_bytes,
     checkpoint_name,
     newest_checkpoint,
 )
-from vopd_client.config import TrainConfig
 from vopd_client.errors import CheckpointError, ConfigError
 from vopd_client.pipeline import InFlight
-from vopd_client.prompts import Prompt
+from vopd_client.prompt_source import PromptSource
 from vopd_client.rollout_files import read_rollouts, rollout_bytes, share_of
 from vopd_client.rollouts.base import Rollout
 from vopd_client.run_directory import RunDirectory, check_space
 from vopd_client.schedule import draws_of_process
 from vopd_client.teaching import Tell
+from vopd_client.train_config import TrainConfig
 
 
 def check_room(config: TrainConfig, directory: RunDirectory, module: nn.Module) -> None:
@@ -53,7 +52,7 @@ def check_room(config: TrainConfig, directory: RunDirectory, module: nn.Module) 
 
 
 def go_back_to_checkpoint(
-    config: TrainConfig, accelerator: Accelerator, directory: RunDirectory, identity: RunIdentity, tell: Tell
+    config: TrainConfig, storage: StateStorage, directory: RunDirectory, identity: RunIdentity, tell: Tell
 ) -> TrainerState:
     """Loads the newest complete checkpoint if the run is to go on.
 
@@ -69,7 +68,7 @@ def go_back_to_checkpoint(
     if checkpoint.state.step > config.steps:
         raise ConfigError(f"{checkpoint.path} is beyond steps {config.steps}")
     try:
-        accelerator.load_state(str(checkpoint.path))
+        storage.load_state(str(checkpoint.path))
     except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this model: {error}") from error
     tell(f"going on after step {checkpoint.state.step}, from {checkpoint.path}")
@@ -81,7 +80,7 @@ def rollouts_in_flight(
     accelerator: Accelerator,
     checkpoints: Path,
     state: TrainerState,
-    prompts: Sequence[Prompt],
+    prompts: PromptSource,
     tell: Tell,
 ) -> list[InFlight[list[Rollout]]]:
     """This process's part of what the checkpoint holds of steps to come, whichever processes wrote it.
@@ -94,11 +93,13 @@ def rollouts_in_flight(
         return []
     checkpoint = checkpoints / checkpoint_name(state.step)
     found = []
+    for step in range(state.step + 1, min(state.step + config.max_staleness, config.steps) + 1):
+        prompts.of_step(step)  # whose prompts can be looked up from here on
     for sampled in read_rollouts(checkpoint, prompts):
         draws = draws_of_process(
             config,
             sampled.step,
-            num_prompts=len(prompts),
+            positions=prompts.of_step(sampled.step),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -106,14 +107,3 @@ def rollouts_in_flight(
     if not found:
         tell(f"{checkpoint} holds no rollouts: its weights sample those of step {state.step + 1} anew")
     return found
-
-
-def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """A fingerprint of what both sides see and of who scores it, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        for ids in (prompt.student_ids, prompt.teacher_ids):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.astype("<i8").tobytes())
-        digest.update(prompt.teacher.encode())
-    return digest.hexdigest()[:16]

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vopd_client.evaluation import judge
+from vopd_client.added_turns import AddedTurns
+from vopd_client.chat_templates import chat_options
+from vopd_client.cut_completions import is_masked
+from vopd_client.environment import DEFAULT_MAX_TURNS, environment_of, gives_rewards
+from vopd_client.judging import completion_text, reward
 from vopd_client.preparation import Run
-from vopd_client.rollouts.base import Rollout, RolloutKey
+from vopd_client.rollouts.base import Rollout, RolloutKey, Sampler, last_turn_ids
+from vopd_client.rollouts.multi_turn import MultiTurnSampler
 from vopd_client.schedule import draws_of_process
 from vopd_client.scoring import SentRollout, send
 from vopd_client.task_rewards import leave_one_out_advantages
@@ -27,7 +32,7 @@ class RolloutSource:
         """
         draws = self.draws(step)
         sent: dict[RolloutKey, SentRollout] = {}
-        for rollout in self.run.sampler.sample(
+        for rollout in sampler_of_run(self.run, self.check).sample(
             [(key, self.run.prompts[key.prompt_index].student_ids) for key in draws]
         ):
             sent[rollout.key] = self._send(rollout)
@@ -39,7 +44,7 @@ class RolloutSource:
         return draws_of_process(
             self.run.config,
             step,
-            num_prompts=len(self.run.prompts),
+            positions=self.run.prompts.of_step(step),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -53,17 +58,19 @@ class RolloutSource:
         return [self._send(rollout) for rollout in rollouts]
 
     def task_rewards(self, sent: Sequence[SentRollout]) -> list[float] | None:
-        """1 for a completion that its row's verifier accepts, else 0; None when they have no part in the loss."""
-        if self.run.config.task_reward_weight == 0:
+        """What each completion is worth: what its environment gave, else see `judging.reward` of its last turn.
+
+        None when that has no part in the loss and no environment gives it.
+        """
+        if self.run.config.task_reward_weight == 0 and not gives_rewards(self.run.config):
             return None
-        student = self.run.student
-        samples = judge(
-            [item.prompt for item in sent],
-            [item.rollout.completion_ids for item in sent],
-            student.tokenizer,
-            student.end_ids,
-        )
-        return [float(bool(sample.correct)) for sample in samples]
+        tokenizer, end_ids = self.run.student.tokenizer, self.run.student.end_ids
+        return [
+            reward(item.prompt, completion_text(tokenizer, last_turn_ids(item.rollout), end_ids))
+            if item.rollout.task_reward is None
+            else item.rollout.task_reward
+            for item in sent
+        ]
 
     def task_advantages(self, sent: Sequence[SentRollout], task_rewards: Sequence[float] | None) -> list[float]:
         """What each completion's task reward adds to the advantage of all its tokens."""
@@ -74,5 +81,31 @@ class RolloutSource:
 
     def _send(self, rollout: Rollout) -> SentRollout:
         prompt = self.run.prompts[rollout.key.prompt_index]
+        if is_masked(rollout, self.run.config.cut_completions):
+            return SentRollout(rollout, prompt, answer=None)
         plan = self.run.plans[prompt.teacher]
         return send(rollout, prompt, request=plan.request, teacher=plan.teacher)
+
+
+def sampler_of_run(run: Run, check: Callable[[], None]) -> Sampler:
+    """The run's own, or with an environment one of whole trajectories. check: called while replies are waited for."""
+    config, environment = run.config, environment_of(run.config)
+    if environment is None:
+        return run.sampler
+    added_turns = AddedTurns.of(
+        run.student.tokenizer,
+        chat_options(config, environment.tools),
+        {name: (plan.teacher.info, plan.request.swap) for name, plan in run.plans.items()},
+    )
+    return MultiTurnSampler(
+        run.sampler,
+        prompts=run.prompts,
+        environment=environment,
+        added_ids=added_turns.ids,
+        tokenizer=run.student.tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        max_turns=config.max_turns or DEFAULT_MAX_TURNS,
+        timeout_s=config.environment_timeout_s,
+        in_rounds=config.deterministic,
+        check=check,
+    )

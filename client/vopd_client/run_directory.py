@@ -28,11 +28,13 @@ FREE_ON_RESUME = frozenset(
         *("output_dir", "name", "resume", "teacher_url", "api_key_file", "plaintext", "tls_ca_file"),
         *("teacher", "teacher_key_file"),  # whose names and models are pinned in the checkpoint's identity
         *("teacher_timeout_s", "teacher_window", "eval_every", "eval_teacher", "sample_count"),
-        *("checkpoint_every", "keep_checkpoints"),
+        *("checkpoint_every", "keep_checkpoints", "trackers", "tracker_project"),
+        *("rollouts_url", "rollouts_engine_args", "rollouts_timeout_s", "weight_sync"),
+        "sharding",  # another order of additions, as with another number of processes
     }
 )
 # Settings that change the last bits of the numbers and nothing else.
-BITS_ONLY = frozenset({"microbatch_tokens", "rollout_batch_size", "device"})
+BITS_ONLY = frozenset({"microbatch_tokens", "rollout_batch_size", "device", "gradient_checkpointing"})
 
 PROBE_BYTES = 1 << 20
 
@@ -68,12 +70,21 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def provenance_file(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def wandb_file(self) -> Path:
+        """Which run of Weights & Biases this one is."""
+        return self.path / "wandb_run.json"
 
     @property
     def model(self) -> Path:
@@ -114,7 +125,7 @@ def claim_run_directory(path: Path, settings: Mapping[str, Any], *, resume: bool
         if run.config_file.exists():
             if not resume:
                 raise RunDirectoryError(f"{path} already holds a run: give --resume to go on, or another --name")
-            check_same_settings(_read_settings(run.config_file), settings)
+            check_same_settings(read_settings(run.config_file), settings)
         yield run
 
 
@@ -238,7 +249,8 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml. Raises: RunDirectoryError for a damaged file."""
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

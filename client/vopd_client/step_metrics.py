@@ -7,17 +7,21 @@ Axes: B sequences, T completion tokens.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vopd_client.batch import Batch
 from vopd_client.losses import LossOutput, mean_metrics
-from vopd_client.rollouts.base import Rollout
+from vopd_client.processes import LARGEST_OF
+from vopd_client.rollouts.base import Rollout, turn_bounds
 from vopd_client.student import StudentOutputs
+
+LARGEST_MISMATCH = f"{LARGEST_OF}logprob_mismatch"
 
 
 @dataclass(slots=True)
@@ -36,6 +40,15 @@ class StepSums:
         self.values["num_completion_tokens"] += sum(len(rollout.completion_ids) for rollout in rollouts)
         if task_rewards is not None:
             self.values["task_reward"] += sum(task_rewards)
+        for rollout in rollouts:
+            if rollout.is_sampled_T is not None:
+                self.values["num_turns"] += len(turn_bounds(rollout))
+                self.values["num_environment_tokens"] += int((~rollout.is_sampled_T).sum())
+
+    def add_masked(self, num_masked: int) -> None:
+        """Completions that were cut and stay out of the loss, of those that `add_rollouts` counts."""
+        self.values["num_masked"] += num_masked
+        self.values["num_valid_tokens"] += 0  # there may be no microbatch to add any
 
     def add_microbatch(self, loss: LossOutput, student: StudentOutputs, batch: Batch, *, teacher: str) -> None:
         """teacher: the name of the one that scored all of it."""
@@ -43,7 +56,10 @@ class StepSums:
         for name, value in loss.sums.items():
             self._add(teacher, name, float(value))
         self._add(teacher, "num_valid_tokens", batch.num_valid_tokens)
-        self.values["logprob_mismatch"] += logprob_mismatch(student.sampled_logprobs_BT, batch)
+        mismatch = logprob_mismatch(student.sampled_logprobs_BT, batch)
+        self.values["logprob_mismatch"] += mismatch.absolute_sum
+        self.values["rollout_kl"] += mismatch.kl_sum
+        self.values[LARGEST_MISMATCH] = max(self.values[LARGEST_MISMATCH], mismatch.largest)
 
     def add_traffic(self, bytes_by_teacher: Mapping[str, int]) -> None:
         for teacher, num_bytes in bytes_by_teacher.items():
@@ -56,10 +72,27 @@ class StepSums:
             self.values[f"teacher/{teacher}/{name}"] += value
 
 
-def logprob_mismatch(sampled_logprobs_BT: torch.Tensor, batch: Batch) -> float:
-    """Sum of |log pi(y) in the training forward - log pi(y) when it was sampled| over the valid tokens, in nats."""
-    difference_BT = (sampled_logprobs_BT.detach() - batch.behaviour_logprobs_BT).abs()
-    return float(torch.where(batch.loss_mask_BT, difference_BT, 0.0).sum())
+class Mismatch(NamedTuple):
+    """How the probabilities of the training forward, pi, and those that sampled, mu, differ at the valid tokens y.
+
+    absolute_sum: of |log pi(y) - log mu(y)|, in nats; largest: of one token.
+    kl_sum: of rho - 1 - log rho, rho = pi(y) / mu(y): never negative, and its mean is unbiased for KL(mu || pi), since
+        the mean of rho over mu is 1.
+    """
+
+    absolute_sum: float
+    largest: float
+    kl_sum: float
+
+
+def logprob_mismatch(sampled_logprobs_BT: torch.Tensor, batch: Batch) -> Mismatch:
+    log_ratio_BT = sampled_logprobs_BT.detach() - batch.behaviour_logprobs_BT
+    log_ratio_BT = torch.where(batch.loss_mask_BT, log_ratio_BT, 0.0).cpu().double()  # not every device has float64
+    return Mismatch(
+        absolute_sum=float(log_ratio_BT.abs().sum()),
+        largest=float(log_ratio_BT.abs().max()) if log_ratio_BT.numel() else 0.0,
+        kl_sum=float((log_ratio_BT.expm1() - log_ratio_BT).sum()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +126,25 @@ def metrics_row(
     per_rollout = 1.0 / max(totals["num_rollouts"], 1.0)
     return {
         "step": step,
-        "loss": totals["loss"] * per_token,
-        **mean_metrics(totals, num_valid_tokens),
+        **means_over_tokens(totals, num_valid_tokens),
         "grad_norm": grad_norm,
         "adam_moment_variance": adam_variance,
         "learning_rate": learning_rate,
         "num_valid_tokens": num_valid_tokens,
         "completion_tokens_mean": totals["num_completion_tokens"] * per_rollout,
         "ended_fraction": totals["num_ended"] * per_rollout,
+        **({"cut_masked_fraction": totals["num_masked"] * per_rollout} if "num_masked" in totals else {}),
         **({"task_reward_mean": totals["task_reward"] * per_rollout} if "task_reward" in totals else {}),
+        **({"turns_mean": totals["num_turns"] * per_rollout} if "num_turns" in totals else {}),
+        **(
+            {"environment_tokens_mean": totals["num_environment_tokens"] * per_rollout}
+            if "num_environment_tokens" in totals
+            else {}
+        ),
         "staleness": totals["staleness"] * per_rollout,
-        "logprob_mismatch_nats": totals["logprob_mismatch"] * per_token,
+        "logprob_mismatch_nats": totals["logprob_mismatch"] * per_token if num_valid_tokens else math.nan,
+        "logprob_mismatch_max_nats": totals[LARGEST_MISMATCH] if num_valid_tokens else math.nan,
+        "rollout_kl_nats": totals["rollout_kl"] * per_token if num_valid_tokens else math.nan,
         "teacher_bytes_per_token": totals["teacher_bytes"] * per_token,
         "teacher_wait_s": times.teacher_wait_s,
         "rollout_s": times.rollout_s,
@@ -117,6 +158,20 @@ def metrics_row(
             for name, value in metrics_of_teacher(teacher, totals, wait_s).items()
         },
     }
+
+
+# What every loss adds up, see `LossOutput`.
+_SUMS = (
+    *("reverse_kl", "reward", "baseline", "advantage", "advantage_squared"),
+    *("left_out_mass", "support_size", "variance", "opd_variance"),
+)
+
+
+def means_over_tokens(totals: Mapping[str, float], num_valid_tokens: int) -> dict[str, float | None]:
+    """The loss and what it was made of; NaN where there was no token to learn from."""
+    if num_valid_tokens == 0:
+        return {"loss": math.nan, **mean_metrics(dict.fromkeys(_SUMS, math.nan), 1)}
+    return {"loss": totals["loss"] / num_valid_tokens, **mean_metrics(totals, num_valid_tokens)}
 
 
 def metrics_of_teacher(teacher: str, totals: Mapping[str, float], wait_s: float) -> dict[str, Any]:

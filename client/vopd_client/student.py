@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vopd_client.errors import ConfigError
+from vopd_client.gradient_checkpointing import layers_to_checkpoint
 from vopd_client.linear_logprobs import Logits, linear_logprobs
 from vopd_client.model_files import (
     add_lora,
@@ -22,7 +23,7 @@ from vopd_client.model_files import (
     load_tokenizer,
     lora_layers,
     max_input_length,
-    merged_state_dict,
+    stored_dtype,
     without_peft_wrapper,
 )
 from vopd_client.output_head import check_output_head, hidden_states, logit_transform, output_head
@@ -53,14 +54,19 @@ class StudentForTraining(nn.Module):
     `dropped_ids`, end tokens that pi is to be conditioned against (until then: none), and, for what needs the whole
     vocabulary, `teacher_head` and the `reward_floor` (see `whole_vocabulary`).
 
-    Raises: ConfigError when the logits of this architecture cannot be computed from its hidden states.
+    gradient_checkpointing: forwards that gradients go back through keep the inputs of layers only.
+
+    Raises: ConfigError when the logits of this architecture cannot be computed from its hidden states, or it does not
+        support gradient checkpointing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
         self.eval()
         check_output_head(self.causal_lm)
+        # A tuple: modules in an attribute of their own would be in the state dict twice.
+        self._checkpointed = tuple(layers_to_checkpoint(self.causal_lm)) if gradient_checkpointing else ()
         self.temperature = 1.0
         self.num_shared_ids = self.vocab_size
         self.dropped_ids: tuple[int, ...] = ()
@@ -114,7 +120,12 @@ class StudentForTraining(nn.Module):
         neither prompts nor padding cost any. want_kl_gradient: reverse_kl_sum is to be differentiable.
         """
         return self.outputs_at(
-            hidden_states(self.causal_lm, input_ids_BS, attention_mask_BS),
+            hidden_states(
+                self.causal_lm,
+                input_ids_BS,
+                attention_mask_BS,
+                self._checkpointed if torch.is_grad_enabled() else (),
+            ),
             row_index_BT,
             completion_ids_BT,
             support_ids_BTK,
@@ -191,6 +202,8 @@ class LoadedStudent:
     pad_id: the tokenizer's, else an end token, else 0; only ever used where it is masked.
     max_length: tokens of prompt and completion together, at most.
     vocab_size: ids that the output layer scores.
+    stored_dtype: of the files that it came from; the module's own weights are float32.
+    revision: the hub's commit of those files; None for a directory.
     """
 
     module: StudentForTraining
@@ -199,6 +212,8 @@ class LoadedStudent:
     pad_id: int
     max_length: int
     vocab_size: int
+    stored_dtype: torch.dtype = torch.float32
+    revision: str | None = None
 
 
 def load_student(
@@ -207,6 +222,7 @@ def load_student(
     lora_rank: int = 0,
     lora_alpha: float = 128.0,
     lora_dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
 ) -> LoadedStudent:
@@ -216,16 +232,18 @@ def load_student(
     seed it first. `device` None means the best there is.
 
     Raises: ConfigError, which names the path, when it does not exist, is damaged, is not a causal LM, has no
-        tokenizer, or computes logits in a way that is not known here.
+        tokenizer, or computes logits in a way that is not known here; and for an architecture without gradient
+        checkpointing, where that is wanted.
     """
     where = _best_device() if device is None else _usable_device(device)
     model = load_causal_lm(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     end_ids = end_token_ids(model, tokenizer)
     max_length = max_input_length(model)
+    revision = getattr(model.config, "_commit_hash", None)
     if lora_rank > 0:
         model = add_lora(model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
-    module = StudentForTraining(model.to(where))
+    module = StudentForTraining(model.to(where), gradient_checkpointing=gradient_checkpointing)
     pad_id = tokenizer.pad_token_id
     return LoadedStudent(
         module=module,
@@ -234,16 +252,9 @@ def load_student(
         pad_id=pad_id if pad_id is not None else min(end_ids, default=0),
         max_length=max_length,
         vocab_size=module.vocab_size,
+        stored_dtype=stored_dtype(path, trust_remote_code=trust_remote_code),
+        revision=revision,
     )
-
-
-def save_student(module: StudentForTraining, tokenizer: Any, directory: Path) -> None:
-    """Writes a directory that plain transformers loads: weights with LoRA merged in, configs, tokenizer, template.
-
-    The module itself is not touched: merging in place and back would change its weights in the last bits.
-    """
-    module.causal_lm.save_pretrained(directory, state_dict=merged_state_dict(module.causal_lm))
-    tokenizer.save_pretrained(directory)
 
 
 def _usable_device(name: str | torch.device) -> torch.device:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from vopd_client.config import TrainConfig
 from vopd_client.scoring import about_teacher
 from vopd_client.teacher import RemoteTeacher
 from vopd_client.teaching import Tell, needs_vocabulary
 from vopd_client.teaching_plan import ConnectedTeacher, Teachers
+from vopd_client.train_config import TrainConfig
 
 Connect = Callable[[TrainConfig, str | None], ConnectedTeacher]
 

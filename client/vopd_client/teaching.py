@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from vopd_client.alignment import SupportOwner
-from vopd_client.config import FULL_VOCABULARY_OBJECTIVES, TrainConfig
+from vopd_client.chat_templates import chat_options
+from vopd_client.config import FULL_VOCABULARY_OBJECTIVES
+from vopd_client.environment import environment_of
 from vopd_client.errors import ConfigError
 from vopd_client.handshake import (
     ScoringPlan,
@@ -19,6 +21,7 @@ from vopd_client.scoring import Request, about_teacher
 from vopd_client.shaping import reward_floor
 from vopd_client.student import LoadedStudent
 from vopd_client.teaching_plan import ConnectedTeacher, Teachers, TeachingPlan
+from vopd_client.train_config import TrainConfig
 from vopd_client.types import SupportKind, TeacherInfo
 from vopd_proto.fingerprint import token_table
 
@@ -51,6 +54,7 @@ def render(
     max_new_tokens: int,
 ) -> list[Prompt]:
     """Both sides of every row as token ids, with room left for the longest completion; the teacher's as it reads."""
+    environment = environment_of(config)
     prompts: dict[int, Prompt] = {}
     for name, teacher in teachers.items():
         info = teacher.info
@@ -65,6 +69,7 @@ def render(
                 teacher_max_length=info.max_context_length,
                 teacher_begin_id=info.begin_id,
                 teacher_end_id=info.end_ids[0] if info.end_ids else None,
+                chat_options=chat_options(config, environment.tools if environment else ()),
             )
         prompts |= {prompt.index: prompt for prompt in rendered}
     return [prompts[row.index] for row in rows]
@@ -87,7 +92,7 @@ def plan_teaching(
 ) -> dict[str, TeachingPlan]:
     """What each teacher is asked in training and in evaluation; says where that is not what the settings say.
 
-    prompts: all that teachers are going to see; at least one of each teacher's.
+    prompts: all that teachers are going to see, at least one of each teacher's; of a stream those it begins with.
 
     Raises: HandshakeError for something that a teacher cannot do.
     """
@@ -130,7 +135,7 @@ def plan_requests(
         top_k=config.top_k,
         temperature=config.temperature,
         objective=config.objective if needs_support else "opd",
-        max_prompt_tokens=max(len(prompt.teacher_ids) for prompt in prompts),
+        max_prompt_tokens=max((len(prompt.teacher_ids) for prompt in prompts), default=1),
         max_new_tokens=longest_completion(config),
         deterministic=config.deterministic,
         needs_vocabulary=needs_vocabulary(config),
@@ -176,22 +181,28 @@ def introduce(
     }
     asked_for = ", ".join(dict.fromkeys(supports[plan.request.support] for plan in plans.values()))
     return [
-        *(_introduce_teacher(plan, prompts, eval_prompts) for plan in plans.values()),
+        *(_introduce_teacher(config, plan, prompts, eval_prompts) for plan in plans.values()),
         f"student: {config.student}, {num_parameters:,} parameters, {num_trained:,} of them trained; "
         f"{module.num_shared_ids} ids shared with the teacher{'s' if len(plans) > 1 else ''}",
-        f"objective: {config.objective}, support: {asked_for}; {len(prompts)} prompts, "
+        f"objective: {config.objective}, support: {asked_for}; {_how_many(config, len(prompts))}, "
         f"{len(eval_prompts)} held out; {config.steps} steps of {config.prompts_per_step} prompts x "
         f"{config.rollouts_per_prompt} rollouts",
     ]
 
 
-def _introduce_teacher(plan: TeachingPlan, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]) -> str:
+def _how_many(config: TrainConfig, num_prompts: int) -> str:
+    return f"a stream that begins with {num_prompts} prompts" if config.stream_prompts else f"{num_prompts} prompts"
+
+
+def _introduce_teacher(
+    config: TrainConfig, plan: TeachingPlan, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]
+) -> str:
     info = plan.teacher.info
     who = f"{info.model_id} ({info.engine} {info.engine_version}, {info.dtype}, revision {info.model_revision})"
     if not plan.name:
         return f"teacher: {who}"
     own, held_out = (sum(prompt.teacher == plan.name for prompt in some) for some in (prompts, eval_prompts))
-    return f"teacher {plan.name}: {who}; {own} prompts, {held_out} held out"
+    return f"teacher {plan.name}: {who}; {_how_many(config, own)}, {held_out} held out"
 
 
 def bias_warnings(config: TrainConfig) -> list[str]:
@@ -205,6 +216,11 @@ def bias_warnings(config: TrainConfig) -> list[str]:
     if config.advantage_clip is not None:
         warnings.append(
             f"advantage_clip {config.advantage_clip:g} is biased (advantage_clipped_fraction says how much)"
+        )
+    if config.cut_completions == "mask":
+        warnings.append(
+            "cut_completions mask is biased: completions of max_new_tokens are not learned from "
+            "(cut_masked_fraction says how many)"
         )
     if config.objective == "topk-kl":
         warnings.append("topk-kl is biased: mass outside the support is not seen (left_out_mass_mean says how much)")

@@ -101,15 +101,17 @@ def fit_to_teachers(
 
 
 def plan_teachers_microbatches(sent: Sequence[SentRollout], max_tokens: int) -> list[list[int]]:
-    """`plan_microbatches` of each teacher's rollouts by themselves, the teachers in the order of their names.
+    """`plan_microbatches` of each teacher's rollouts by themselves, the teachers in the order of their names; masked
+    rollouts are in none.
 
     What the student's probabilities are compared with, and of which ids they are, is a teacher's own.
 
     Returns: indices into `sent`, each once.
     """
     plan = []
-    for name in sorted({item.prompt.teacher for item in sent}):
-        places = [place for place, item in enumerate(sent) if item.prompt.teacher == name]
+    scored = [place for place, item in enumerate(sent) if not item.is_masked]
+    for name in sorted({sent[place].prompt.teacher for place in scored}):
+        places = [place for place in scored if sent[place].prompt.teacher == name]
         lengths = [sent[place].num_tokens for place in places]
         plan += [[places[index] for index in indices] for indices in plan_microbatches(lengths, max_tokens)]
     return plan

@@ -9,129 +9,42 @@ complete, logged and counted, or it did not happen.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
+from vopd_client.batch import Batch
 from vopd_client.checkpoint import TrainerState, save_checkpoint
-from vopd_client.config import TrainConfig
-from vopd_client.ending import finish_run
+from vopd_client.cut_completions import idle_loss, skip_update
 from vopd_client.errors import (
-    AlignmentError,
     NonFiniteError,
     OutOfMemory,
-    TeacherError,
-    TeacherUnavailableError,
     VopdError,
 )
-from vopd_client.interruption import Interrupted, StopRequest, stop_on_signals
+from vopd_client.interruption import Interrupted, StopRequest
+from vopd_client.lockstep import Lockstep
 from vopd_client.losses import compute_loss
 from vopd_client.optimization import adam_moment_variance, check_finite, scale_and_clip
 from vopd_client.periodic_evaluation import evaluate, evaluation_due, make_batch
 from vopd_client.pipeline import InFlight, Pipeline
-from vopd_client.preparation import Run, check_objective, load_rows, prepare_run
-from vopd_client.processes import Problem, agree, from_main_process, make_accelerator, make_deterministic
+from vopd_client.preparation import Run
+from vopd_client.processes import Problem, agree
 from vopd_client.rollout_files import write_rollouts
 from vopd_client.rollout_source import RolloutSource
-from vopd_client.run_directory import RunDirectory, claim_run_directory, run_path
+from vopd_client.rollouts.base import Rollout
 from vopd_client.schedule import dropout_seed, is_due
 from vopd_client.scoring import SentRollout, Traffic, Waiter
+from vopd_client.sharding import is_sharded, whole_weights
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.student import StudentOutputs
-from vopd_client.teachers import Connect, connect_teacher, connected_teachers
-from vopd_client.teaching_plan import plan_teachers_microbatches
+from vopd_client.teaching_plan import TeachingPlan, plan_teachers_microbatches
 from vopd_client.timeline import Timeline
-from vopd_client.tracking import RunLog, append_row, print_line
-from vopd_client.types import SequenceScores
-
-EXIT_DONE, EXIT_TEACHER_GONE, EXIT_INTERRUPTED = 0, 3, 130
-
-
-def run_training(
-    config: TrainConfig,
-    *,
-    console: Console | None = None,
-    connect: Connect = connect_teacher,
-) -> int:
-    """One training run, from its settings to its report. `connect` finds the teacher that settings name; with several
-    teachers it is called once for each, with the settings of a run that has this one alone.
-
-    Returns: the exit code. 0: done. 130: interrupted, after saving. 3: a teacher was gone for longer than
-        teacher_timeout_s, after saving.
-    Raises: VopdError for everything else; what was trained until then is saved where there is anything to save.
-    """
-    console = console or Console()
-    stop = StopRequest()
-    try:
-        with stop_on_signals(stop):
-            return _run(config, console, stop, connect)
-    except Interrupted:
-        console.print("stopped before training began; nothing to save")
-        return EXIT_INTERRUPTED
-
-
-def _run(config: TrainConfig, console: Console, stop: StopRequest, connect: Connect) -> int:
-    if config.deterministic:
-        make_deterministic()
-    accelerator = make_accelerator(config)
-    tell = partial(print_line, console if accelerator.is_main_process else Console(quiet=True))
-    if not (console.is_terminal and accelerator.is_main_process):
-        transformers_logging.disable_progress_bar()
-    check_objective(config)
-    with _directory(config, accelerator) as directory:
-        rows = load_rows(config)  # malformed rows are reported before anything is loaded
-        with connected_teachers(config, connect, str(accelerator.device), tell) as teachers:
-            run = prepare_run(config, accelerator, directory, rows, teachers, tell)
-            if accelerator.is_main_process:
-                directory.begin(config.model_dump(mode="json"), last_step=run.state.step)
-            with RunLog(
-                directory,
-                console,
-                total_steps=config.steps,
-                last_step=run.state.step,
-                enabled=accelerator.is_main_process,
-            ) as log:
-                exit_code = _train_to_the_end(Trainer(run, log, stop), log, stop)
-    accelerator.end_training()
-    return exit_code
-
-
-def _directory(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[RunDirectory]:
-    """The main process claims the directory; the others may use it once it has."""
-    now = datetime.now()
-    path = from_main_process(
-        run_path(config.output_dir, config.name, objective=config.objective, resume=config.resume, now=now)
-    )
-    if not accelerator.is_main_process:
-        return nullcontext(RunDirectory(path))
-    return claim_run_directory(path, config.model_dump(mode="json"), resume=config.resume)
-
-
-def _train_to_the_end(trainer: Trainer, log: RunLog, stop: StopRequest) -> int:
-    """Trains; whatever ends it early, the last complete step is saved first."""
-    with stop.postponed():
-        try:
-            trainer.train()
-            finish_run(trainer.run, trainer.state, log.show)
-            return EXIT_DONE
-        except Interrupted:
-            trainer.save_if_newer()
-            log.tell(f"interrupted after step {trainer.state.step}; {trainer.how_to_go_on}")
-            return EXIT_INTERRUPTED
-        except TeacherUnavailableError as error:
-            trainer.save_if_newer()
-            log.tell(f"the teacher is gone: {error}\nstopped after step {trainer.state.step}; {trainer.how_to_go_on}")
-            return EXIT_TEACHER_GONE
-        except (TeacherError, NonFiniteError, AlignmentError, OutOfMemory):
-            trainer.save_if_newer()
-            raise
+from vopd_client.tracking import RunLog, append_row
 
 
 @dataclass(frozen=True)
@@ -144,6 +57,14 @@ class StepNotes:
     timeline: Timeline = field(default_factory=Timeline)
 
 
+class Microbatch(NamedTuple):
+    """Rollouts of one teacher that are learned from in one forward and backward."""
+
+    items: list[SentRollout]
+    plan: TeachingPlan
+    batch: Batch
+
+
 class Trainer:
     """The loop. `state` counts complete steps only."""
 
@@ -154,8 +75,12 @@ class Trainer:
         self._log = log
         self._stop = stop
         self._module = run.student.module
+        self._lockstep = Lockstep(is_sharded(self._module))
+        self._left_the_others = False
         self._traffic = {name: Traffic(plan.teacher) for name, plan in run.plans.items()}
         self._rollouts = RolloutSource(run, stop.check)
+        if run.vllm is not None:
+            run.vllm.sampler.while_waiting = stop.check
         self._pipeline = Pipeline[list[SentRollout]](
             max_staleness=run.config.max_staleness,
             total_steps=run.config.steps,
@@ -187,19 +112,30 @@ class Trainer:
         last_loss_sum: Tensor | None = None
         problem: Problem | None = None
         steps_to_sample = self._pipeline.steps_to_sample(step)
+        if steps_to_sample and run.vllm is not None:
+            with timeline.span("sampling"):
+                run.vllm.refresh(self.state.step)
+        samples_itself = bool(steps_to_sample) and run.vllm is None
         try:
-            for sampled_step in steps_to_sample:
-                with timeline.span("sampling"):
-                    self._pipeline.add(InFlight(sampled_step, self.state.step, self._sample(sampled_step)))
-            learning = self._pipeline.of_step(step)
-            sent = learning.rollouts
-            task_rewards = self._rollouts.task_rewards(sent)
-            sums.add_rollouts([item.rollout for item in sent], task_rewards, staleness=learning.staleness)
-            last_loss_sum = self._accumulate(notes, sent, self._rollouts.task_advantages(sent, task_rewards))
+            with whole_weights(self._module) if samples_itself else nullcontext(), self._lockstep.alone():
+                for sampled_step in steps_to_sample:
+                    with timeline.span("sampling"):
+                        self._pipeline.add(InFlight(sampled_step, self.state.step, self._sample(sampled_step)))
+                learning = self._pipeline.of_step(step)
+                sent = learning.rollouts
+                task_rewards = self._rollouts.task_rewards(sent)
+                sums.add_rollouts([item.rollout for item in sent], task_rewards, staleness=learning.staleness)
+                if run.config.cut_completions == "mask":
+                    sums.add_masked(sum(item.is_masked for item in sent))
+                task_advantages = self._rollouts.task_advantages(sent, task_rewards)
+            last_loss_sum = self._accumulate(notes, sent, task_advantages)
         except (Interrupted, VopdError) as error:
             problem = error
         except torch.OutOfMemoryError as error:
             problem = out_of_memory(step, error)
+            if self._lockstep.sharded:  # the others wait in an exchange that this process has left
+                self._left_the_others = True
+                raise problem from error
         sums.add_traffic({name: traffic.since_last_look() for name, traffic in self._traffic.items()})
 
         # From here on all processes do the same: they stop together, or exchange gradients and step together.
@@ -214,7 +150,8 @@ class Trainer:
         rollout_s, step_s = timeline.seconds("sampling"), timeline.elapsed_s
         update_s = step_s - rollout_s - waiter.waited_s
         times = StepTimes(rollout_s, update_s, waiter.waited_s, step_s, waiter.waited_s_by_teacher)
-        timeline_row = timeline.to_row(step, sampled_steps=steps_to_sample, flights=[item.flight for item in sent])
+        flights = [item.flight for item in sent if not item.is_masked]
+        timeline_row = timeline.to_row(step, sampled_steps=steps_to_sample, flights=flights)
         self.state = TrainerState(
             step=step,
             train_seconds=self.state.train_seconds + step_s,
@@ -240,27 +177,34 @@ class Trainer:
         if not evaluation_due(self.run, step):
             return
         problem: Problem | None = None
-        if self.run.accelerator.is_main_process:
-            self._log.doing("evaluation", step=step)
-            evaluations = evaluate(self.run, step, self._waiter(step))
-            try:
-                while True:
-                    with self._stop.at_once():
-                        evaluation = next(evaluations, None)
-                    if evaluation is None:
-                        break
-                    self._log.evaluation(evaluation.to_row())
-            except (Interrupted, VopdError) as error:
-                problem = error
-            except torch.OutOfMemoryError as error:
-                problem = out_of_memory(step, error)
-            for traffic in self._traffic.values():
-                traffic.since_last_look()  # an evaluation's bytes are no step's
-        agree(problem, {})
+        with whole_weights(self._module):
+            if self.run.accelerator.is_main_process:
+                problem = self._evaluate(step)
+            agree(problem, {})
+
+    def _evaluate(self, step: int) -> Problem | None:
+        """Evaluates and writes it down; what it ran into."""
+        self._log.doing("evaluation", step=step)
+        evaluations = evaluate(self.run, step, self._waiter(step))
+        problem: Problem | None = None
+        try:
+            while True:
+                with self._stop.at_once():
+                    evaluation = next(evaluations, None)
+                if evaluation is None:
+                    break
+                self._log.evaluation(evaluation.to_row())
+        except (Interrupted, VopdError) as error:
+            problem = error
+        except torch.OutOfMemoryError as error:
+            problem = out_of_memory(step, error)
+        for traffic in self._traffic.values():
+            traffic.since_last_look()  # an evaluation's bytes are no step's
+        return problem
 
     def save_if_newer(self) -> None:
         """A checkpoint of the last complete step, with what is in flight, unless there is one."""
-        if self.state.step == self._saved_step:
+        if self.state.step == self._saved_step or self._left_the_others:
             return
         in_flight = [
             sampled.map(lambda sent: [item.rollout for item in sent])
@@ -270,13 +214,16 @@ class Trainer:
             self.run.directory.checkpoints,
             self.state,
             self.run.identity,
-            writer=self.run.accelerator,
+            writer=self.run.storage,
             keep=self.run.config.keep_checkpoints,
-            write_own_files=partial(
-                write_rollouts, in_flight=in_flight, process_index=self.run.accelerator.process_index
-            ),
+            write_own_files=partial(self._write_own_files, in_flight=in_flight),
         )
         self._saved_step = self.state.step
+
+    def _write_own_files(self, checkpoint: Path, in_flight: list[InFlight[list[Rollout]]]) -> None:
+        write_rollouts(checkpoint, in_flight, process_index=self.run.accelerator.process_index)
+        if self.run.accelerator.is_main_process:
+            self.run.prompts.write_state(checkpoint, self.state.step)
 
     def _waiter(self, step: int) -> Waiter:
         teachers = {name: plan.teacher for name, plan in self.run.plans.items()}
@@ -290,6 +237,8 @@ class Trainer:
             return self._rollouts.sample(step)
         except NonFiniteError as error:
             raise stopped_before_update(step, self._rollouts.prompt_names(step), error) from error
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(step, error) from error
 
     def _accumulate(self, notes: StepNotes, sent: list[SentRollout], task_advantages: list[float]) -> Tensor:
         """Adds up gradients of all microbatches but the last, whose summed loss it returns.
@@ -302,35 +251,41 @@ class Trainer:
         torch.manual_seed(dropout_seed(run.config.seed, notes.step, run.accelerator.process_index))
         run.optimizer.zero_grad()
         plan = plan_teachers_microbatches(sent, run.config.microbatch_tokens)
-        *earlier, last = [
-            ([sent[index] for index in indices], [task_advantages[index] for index in indices]) for indices in plan
-        ]
-        for items, advantages in earlier:
-            scores = self._scores(items, notes)
+        *earlier, last = self._lockstep.rounds(plan)  # an empty one: the others go on, or all completions are masked
+        for indices in earlier:
+            with self._lockstep.alone():
+                microbatch = self._microbatch(indices, sent, task_advantages, notes)
             with run.accelerator.no_sync(run.model):
-                with timeline.span("forward"):
-                    loss_sum = self._loss_sum(items, scores, advantages, notes)
+                with timeline.span("forward"), self._lockstep.alone():
+                    loss_sum = self._loss_sum(microbatch, sent, notes)
                 with timeline.span("backward"):
                     run.accelerator.backward(loss_sum)
-        items, advantages = last
-        scores = self._scores(items, notes)
+        with self._lockstep.alone():
+            microbatch = self._microbatch(last, sent, task_advantages, notes)
         with timeline.span("forward"):
-            return self._loss_sum(items, scores, advantages, notes)
+            return self._loss_sum(microbatch, sent, notes)
 
-    def _scores(self, items: list[SentRollout], notes: StepNotes) -> list[SequenceScores]:
-        """The answers to one teacher's rollouts, once they are there."""
+    def _microbatch(
+        self, indices: list[int], sent: list[SentRollout], task_advantages: list[float], notes: StepNotes
+    ) -> Microbatch | None:
+        """Rollouts of one teacher, once their answers are there; None for no rollouts."""
         self._stop.check()
+        if not indices:
+            return None
+        run, items = self.run, [sent[index] for index in indices]
         with notes.timeline.span("waiting"):
-            return [notes.waiter.scores(item) for item in items]
-
-    def _loss_sum(
-        self, items: list[SentRollout], scores: list[SequenceScores], task_advantages: list[float], notes: StepNotes
-    ) -> Tensor:
-        """The loss of one microbatch, all of one teacher's, summed over its tokens."""
-        run, config = self.run, self.run.config
+            scores = [notes.waiter.scores(item) for item in items]
         plan = run.plans[items[0].prompt.teacher]
+        batch = make_batch(run, plan.request, items, scores, [task_advantages[index] for index in indices])
+        return Microbatch(items, plan, batch.to(run.accelerator.device))
+
+    def _loss_sum(self, microbatch: Microbatch | None, sent: list[SentRollout], notes: StepNotes) -> Tensor:
+        """The loss of one microbatch, all of one teacher's, summed over its tokens; 0 of an empty one."""
+        run, config = self.run, self.run.config
+        if microbatch is None:
+            return idle_loss(run.model, sent[0].rollout, run.accelerator.device)
+        items, plan, batch = microbatch
         plan.fit(self._module)
-        batch = make_batch(run, plan.request, items, scores, task_advantages).to(run.accelerator.device)
         student: StudentOutputs = run.model(**batch.student_inputs, want_kl_gradient=config.objective == "full-kl")
         try:
             loss = compute_loss(
@@ -351,6 +306,9 @@ class Trainer:
         """The optimizer step; returns the gradient's norm before clipping and the learning rate."""
         run = self.run
         learning_rate = float(run.optimizer.param_groups[0]["lr"])
+        if num_valid_tokens == 0:
+            skip_update(run.scheduler)
+            return 0.0, learning_rate
         try:
             grad_norm = scale_and_clip(
                 run.accelerator,

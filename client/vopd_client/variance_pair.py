@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vopd_client.command_config import VarianceConfig
-from vopd_client.config import TrainConfig
 from vopd_client.errors import ConfigError
 from vopd_client.prompts import Prompt, PromptRow
 from vopd_client.schedule import prompts_of_step
@@ -14,6 +13,7 @@ from vopd_client.scoring import Request
 from vopd_client.student import LoadedStudent, load_student
 from vopd_client.teaching import Tell, compare_tokenizers, plan_teaching, render
 from vopd_client.teaching_plan import ConnectedTeacher, fit_to_teachers
+from vopd_client.train_config import TrainConfig
 from vopd_client.types import TeacherInfo
 from vopd_client.variance_report import Owner
 

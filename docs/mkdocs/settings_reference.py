@@ -9,8 +9,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vopd_client.command_config import EvalConfig, InfoConfig, ReportConfig, ScoreConfig, VarianceConfig
-from vopd_client.config import TrainConfig
+from vopd_client.command_config import (
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    InfoConfig,
+    ReportConfig,
+    ScoreConfig,
+    VarianceConfig,
+)
+from vopd_client.train_config import TrainConfig
 from vopd_server.config import ServerConfig
 
 COMMANDS: dict[str, type[BaseModel]] = {
@@ -21,6 +29,8 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "vopd-client eval": EvalConfig,
     "vopd-client variance": VarianceConfig,
     "vopd-client report": ReportConfig,
+    "vopd-client export": ExportConfig,
+    "vopd-client compare": CompareConfig,
 }
 
 

@@ -17,7 +17,7 @@ from vopd_client.errors import (
     HandshakeError,
 )
 from vopd_client.run_directory import read_rows
-from vopd_client.trainer import run_training
+from vopd_client.training_run import run_training
 
 pytestmark = pytest.mark.usefixtures("fresh_process_state", "no_report")
 

@@ -24,11 +24,11 @@ from fake_local_teacher import FakeLocalTeacher
 from served_model import ServedModel
 from tiny_model import CHAT_TEMPLATE, write_tiny_model
 from training_runs import NUM_PROMPTS, Runs, same_bits
-from vopd_client.config import TrainConfig
 from vopd_client.errors import CheckpointError, ConfigError, DataError, HandshakeError, TeacherUnavailableError
 from vopd_client.run_directory import read_rows
 from vopd_client.teachers import connect_teacher
-from vopd_client.trainer import run_training
+from vopd_client.train_config import TrainConfig
+from vopd_client.training_run import run_training
 from vopd_server.types import ScoreRequest
 
 pytestmark = pytest.mark.usefixtures("fresh_process_state", "no_report")

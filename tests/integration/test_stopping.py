@@ -15,7 +15,6 @@ from rich.console import Console
 
 from fake_local_teacher import FakeLocalTeacher
 from training_runs import NUM_PROMPTS, ROLLOUTS_A_STEP, Runs, same_bits
-from vopd_client.config import TrainConfig
 from vopd_client.errors import (
     CheckpointError,
     TeacherInternalError,
@@ -23,7 +22,8 @@ from vopd_client.errors import (
     VopdError,
 )
 from vopd_client.run_directory import read_rows
-from vopd_client.trainer import run_training
+from vopd_client.train_config import TrainConfig
+from vopd_client.training_run import run_training
 
 pytestmark = pytest.mark.usefixtures("fresh_process_state", "no_report")
 

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from fake_local_teacher import FakeLocalTeacher
 from tiny_model import write_tiny_model
 from training_runs import ROLLOUTS_A_STEP, Runs, largest_difference, same_bits
-from vopd_client.config import TrainConfig
 from vopd_client.errors import (
     ConfigError,
     DataError,
@@ -34,7 +33,8 @@ from vopd_client.errors import (
 from vopd_client.losses import compute_loss
 from vopd_client.optimization import make_optimizer, scale_and_clip
 from vopd_client.run_directory import read_rows
-from vopd_client.trainer import run_training
+from vopd_client.train_config import TrainConfig
+from vopd_client.training_run import run_training
 from vopd_client.types import SequenceScores, SequenceToScore
 
 pytestmark = pytest.mark.usefixtures("fresh_process_state", "no_report")
@@ -59,6 +59,8 @@ def test_a_student_equal_to_the_teacher_has_nothing_to_learn(runs: Runs) -> None
     assert abs(row["kl_nats"]) < 1e-5
     assert row["grad_norm"] < 1e-4
     assert row["logprob_mismatch_nats"] < 1e-5
+    assert row["logprob_mismatch_nats"] <= row["logprob_mismatch_max_nats"] < 1e-4
+    assert 0 <= row["rollout_kl_nats"] < 1e-9
 
 
 def test_microbatches_of_any_size_give_the_same_weights(runs: Runs) -> None:
@@ -112,7 +114,8 @@ def test_a_row_of_metrics_holds_what_the_report_needs(runs: Runs) -> None:
     assert set(first) == {
         *("step", "loss", "kl_nats", "reward_nats", "baseline_nats", "advantage_std", "grad_norm", "learning_rate"),
         *("num_valid_tokens", "completion_tokens_mean", "ended_fraction", "support_size_mean", "left_out_mass_mean"),
-        *("logprob_mismatch_nats", "teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s"),
+        *("logprob_mismatch_nats", "logprob_mismatch_max_nats", "rollout_kl_nats"),
+        *("teacher_wait_s", "rollout_s", "update_s", "step_s", "tokens_per_s"),
         *("teacher_bytes_per_token", "variance", "variance_over_opd", "adam_moment_variance", "staleness"),
     }
     assert first["num_valid_tokens"] == first["completion_tokens_mean"] * ROLLOUTS_A_STEP

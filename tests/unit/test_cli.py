@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vopd_client.cli import COMMANDS, main
-from vopd_client.config import TrainConfig
+from vopd_client.train_config import TrainConfig
 from vopd_settings import load_settings
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from conftest import REPOSITORY
 from containers import BIN, COMPOSE_FILE, Dockerfile, NativeContainer, compose, dockerfile_of
 from fake_engine import FakeEngine
-from vopd_client.config import TrainConfig
+from vopd_client.train_config import TrainConfig
 from vopd_server.config import ServerConfig
 from vopd_server.key_ring import FIRST_TENANT_ID
 from vopd_server.lifecycle import TeacherServer

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vopd_client.config import TrainConfig
 from vopd_client.prompts import PromptRow, load_prompts
+from vopd_client.train_config import TrainConfig
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 

@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 
-from vopd_client.errors import TeacherUnavailableError
+from vopd_client.errors import ConfigError, TeacherUnavailableError
 from vopd_client.interruption import Interrupted
-from vopd_client.processes import Problem, Report, agree
+from vopd_client.lockstep import Lockstep
+from vopd_client.processes import Problem, Report, agree, make_accelerator
+from vopd_client.train_config import TrainConfig
 
 
 def among(*others: Report):  # type: ignore[no-untyped-def]
@@ -48,3 +50,23 @@ def test_a_process_reports_its_own_problem_first() -> None:
     mine = TeacherUnavailableError("mine")
     with pytest.raises(TeacherUnavailableError, match="mine"):
         agree(mine, {}, exchange=among((Interrupted(), {})))
+
+
+@pytest.mark.parametrize(
+    ("variable", "what"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_shards_that_accelerate_is_to_make_are_refused_with_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch, variable: str, what: str
+) -> None:
+    monkeypatch.setenv(variable, "true")  # as `accelerate launch --use_fsdp` sets it, on CPUs too
+    config = TrainConfig(student="student", prompts="prompts.jsonl", teacher_url=["grpc://teacher:1"])
+    with pytest.raises(ConfigError, match=f"accelerate's settings ask for {what}.*give --sharding fsdp"):
+        make_accelerator(config)
+
+
+def test_without_shards_a_problem_stays_with_its_process_until_the_end_of_the_step() -> None:
+    lockstep = Lockstep(sharded=False)
+    with pytest.raises(TeacherUnavailableError, match="mine"), lockstep.alone():
+        raise TeacherUnavailableError("mine")
+    assert lockstep.rounds([[0, 1], [2]]) == [[0, 1], [2]]
+    assert lockstep.rounds([]) == [[]]  # nothing to learn, and still a part in the exchange of gradients

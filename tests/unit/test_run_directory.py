@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from vopd_client.config import TrainConfig
 from vopd_client.errors import CheckpointError, ConfigError, RunDirectoryError
 from vopd_client.run_directory import (
     FREE_ON_RESUME,
@@ -25,6 +24,7 @@ from vopd_client.run_directory import (
     settings_hash,
     write_atomically,
 )
+from vopd_client.train_config import TrainConfig
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 SETTINGS = TrainConfig(student="s", prompts="p.jsonl", teacher_url=["grpc://host:1"]).model_dump(mode="json")

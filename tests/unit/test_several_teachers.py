@@ -12,18 +12,18 @@ import torch
 import yaml
 
 from vopd_client.cli import main
-from vopd_client.config import TrainConfig
 from vopd_client.errors import DataError, TeacherUnavailableError
 from vopd_client.losses import LossOutput
 from vopd_client.preparation import of_each_teacher
 from vopd_client.prompt_rows import PromptRow
+from vopd_client.prompt_source import hash_prompts
 from vopd_client.prompts import Prompt, choose_teachers, load_prompts
-from vopd_client.resumption import hash_prompts
 from vopd_client.run_directory import differing_settings, settings_hash
 from vopd_client.scoring import about_teacher
 from vopd_client.step_metrics import StepSums, StepTimes, metrics_row
 from vopd_client.teachers import settings_of_each
 from vopd_client.teaching_plan import plan_teachers_microbatches
+from vopd_client.train_config import TrainConfig
 from vopd_settings import SettingsError, load_settings
 
 REQUIRED = ("--student", "s", "--prompts", "p")
@@ -174,8 +174,8 @@ def test_an_error_says_which_teacher_it_is_about_and_stays_what_it_is() -> None:
 # ---------------------------------------------------------------- steps
 
 
-def sent(teacher: str, num_tokens: int) -> Any:
-    return SimpleNamespace(prompt=SimpleNamespace(teacher=teacher), num_tokens=num_tokens)
+def sent(teacher: str, num_tokens: int, *, is_masked: bool = False) -> Any:
+    return SimpleNamespace(prompt=SimpleNamespace(teacher=teacher), num_tokens=num_tokens, is_masked=is_masked)
 
 
 def test_a_microbatch_is_of_one_teacher_and_every_rollout_is_in_one() -> None:
@@ -186,6 +186,12 @@ def test_a_microbatch_is_of_one_teacher_and_every_rollout_is_in_one() -> None:
     assert all(len(names) == 1 for names in teachers)
     assert [name for (name,) in teachers] == sorted(name for (name,) in teachers)
     assert plan_teachers_microbatches([sent("", 3)] * 3, max_tokens=100) == [[0, 1, 2]]
+
+
+def test_a_masked_rollout_is_in_no_microbatch() -> None:
+    items = [sent("math", 10, is_masked=True), sent("math", 10), sent("code", 10, is_masked=True)]
+    assert plan_teachers_microbatches(items, max_tokens=1000) == [[1]]
+    assert plan_teachers_microbatches(items[:1], max_tokens=1000) == []
 
 
 SUMS = (

@@ -10,7 +10,7 @@ import yaml
 
 from conftest import REPOSITORY
 from vopd_client.command_config import EvalConfig
-from vopd_client.config import TrainConfig
+from vopd_client.train_config import TrainConfig
 from vopd_server.config import ServerConfig
 
 DEPLOY = REPOSITORY / "deploy"
