@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 INSTALLED := $(VENV)/.installed
 TASKS := $(VENV)/.tasks-installed
+VLLM_TESTS := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest -W default \
+	--numprocesses 2 --dist loadfile
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -52,9 +54,10 @@ vllm-env: ## An environment of its own for vLLM on the CPU, .venv-vllm
 
 # Its own warnings are not ours to be strict about.
 # An engine's start is mostly one thread's work, so two at a time, which share the cores: one thread each, not bound.
+# The contract's engines live until the end of their pytest; with those of the other tests they would fill 24 GiB.
 test-vllm: install model vllm-env ## The vLLM engine, and what every teacher must pass, with the real vLLM on the CPU
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest -W default -k vllm \
-		--numprocesses 2 --dist loadfile tests/with_vllm tests/contract
+	$(VLLM_TESTS) -k vllm tests/contract
+	$(VLLM_TESTS) tests/with_vllm
 
 # TRL is tested as published, in an environment of its own, whose own warnings are not ours to be strict about.
 test-trl: install ## The client for TRL's trainers, and TRL's own trainer with our teacher, with the real TRL

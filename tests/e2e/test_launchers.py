@@ -15,7 +15,7 @@ from tiny_model import write_tiny_model
 from training_runs import largest_difference
 from vopd_client.run_directory import read_rows
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PATIENCE_S = 300.0
 MODULE = "vopd_client.cli"

@@ -26,6 +26,9 @@ from tiny_model import write_tiny_model
 from training_runs import Runs, largest_difference
 from vopd_client.errors import ConfigError, TeacherUnavailableError
 
+# Two processes take all their runs before the first test: the time of many tests.
+pytestmark = pytest.mark.timeout(600)
+
 STEPS = 4
 PROMPTS, ROLLOUTS = 3, 6  # of a step: the first process has two prompts and the second one
 SHARED = {

@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 
 from fake_local_teacher import FakeLocalTeacher
 from recalled import recalled
-from tiny_model import NUM_IDS, write_tiny_model
+from tiny_model import NUM_IDS, tiny_tokenizer, write_tiny_model
 from training_runs import Runs
+from vopd_client.environment import LoadedEnvironment
 from vopd_client.errors import ConfigError, RolloutEngineError, RolloutEngineUnavailableError
 from vopd_client.model_files import merged_state_dict
+from vopd_client.render import Prompt
 from vopd_client.rollout_engine import checkpoint_weights
-from vopd_client.rollouts.base import Rollout, RolloutKey, RolloutRequest
+from vopd_client.rollouts.base import Rollout, RolloutKey, RolloutRequest, is_sampled
+from vopd_client.rollouts.multi_turn import MultiTurnSampler
 from vopd_client.rollouts.vllm import VllmSampler
 from vopd_client.rollouts.vllm_engine import LocalEngine, all_engine_args, check_engine_args
 from vopd_client.rollouts.vllm_facts import check_settings
@@ -184,6 +187,40 @@ def test_lora_is_merged_into_what_the_engine_gets(place: Place, tied_dir: Path) 
     rollouts = list(place.push(student).sample(requests()))
     assert largest_mismatch(student, rollouts) < TOLERANCE_NATS
     assert largest_mismatch(student_of(tied_dir), rollouts) > STALE_NATS
+
+
+def test_turns_go_on_from_what_was_sampled_with_replies_in_between(place: Place, tied_dir: Path) -> None:
+    student = student_of(tied_dir)
+    place.push(student)
+    chat = ({"role": "user", "content": "q"},)
+    prompts = [
+        Prompt(index, f"p:{index}", np.arange(5) + index, np.arange(2), None, None, None, "", messages=chat)
+        for index in range(6)
+    ]
+    reply_ids = [11, 12, 13]
+    sampler = MultiTurnSampler(
+        place.sampler(student, version=f"push {place.pushed}", end_ids=frozenset(range(0, NUM_IDS, 8))),
+        prompts=prompts,
+        environment=LoadedEnvironment("m:E", lambda _conversation: [{"role": "tool", "content": "7"}], None, ()),
+        added_ids=lambda _prompt, _turns, _end_id: np.array(reply_ids),
+        tokenizer=tiny_tokenizer(),
+        max_new_tokens=MAX_NEW_TOKENS,
+        max_turns=3,
+        timeout_s=20,
+        in_rounds=False,
+    )
+    rollouts = list(sampler.sample([(RolloutKey(1, prompt.index, 0), prompt.student_ids) for prompt in prompts]))
+    assert {rollout.key.prompt_index for rollout in rollouts} == set(range(6))
+    num_replies = 0
+    for rollout in rollouts:
+        exact, sampled_T = in_trainer(student, rollout), is_sampled(rollout)
+        mismatch_T = np.abs(rollout.behaviour_logprobs_T - exact.behaviour_logprobs_T)
+        assert mismatch_T[sampled_T].max() < TOLERANCE_NATS
+        assert rollout.support_counts_T.tolist() == np.where(sampled_T, exact.support_counts_T, 0).tolist()
+        replies = rollout.completion_ids[~sampled_T].tolist()
+        assert replies == reply_ids * (len(replies) // len(reply_ids))
+        num_replies += len(replies) // len(reply_ids)
+    assert num_replies > 0
 
 
 def test_without_packing_again_a_tied_output_head_stays_the_old_one(place: Place, tmp_path: Path) -> None:
