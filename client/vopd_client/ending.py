@@ -53,9 +53,10 @@ def finish_run(run: Run, state: TrainerState, show: Callable[[str | Table], None
         for part in (summary_table(summary), samples_table(evaluations)):
             if part is not None:
                 show(part)
+        num_bytes = summary["teacher_bytes_per_token"]  # 0 for a teacher in this process
         show(
             f"{state.step} steps in {state.train_seconds:.0f} s, {state.teacher_wait_seconds:.0f} s of them spent "
-            f"waiting for the teacher; {summary['teacher_bytes_per_token']:.0f} bytes a token on the wire"
+            "waiting for the teacher" + (f"; {num_bytes:.0f} bytes a token on the wire" if num_bytes else "")
         )
         show(f"The model, curves.png, report.html and summary.json are in {run.directory.path}")
     run.accelerator.wait_for_everyone()

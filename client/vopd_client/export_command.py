@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_model
+from transformers.utils import logging as transformers_logging
 
 from vopd_client.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from vopd_client.command_config import ExportConfig
@@ -34,6 +35,8 @@ def run_export(export: ExportConfig) -> Path:
     """
     run = RunDirectory(export.run_dir)
     config = _settings_of_run(run, export)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     checkpoint = _find_checkpoint(run, export.checkpoint)
     target = export.export_dir or run.path / f"{config.export}-{checkpoint.path.name}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -29,7 +29,7 @@ from vopd_client.config import (
 from vopd_client.named_values import JsonObject, NamedLists, split_commas
 
 
-class TrainConfig(AnyTeacherConfig, PromptColumns, ChatSettings):
+class TrainConfig(ChatSettings, PromptColumns, AnyTeacherConfig):
     """One training run."""
 
     teacher: NamedLists = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def card(
     base_card: str = "",
     evaluations: list[dict[str, Any]] | None = None,
     provenance: dict[str, Any] | None = None,
+    state: TrainerState | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """The metadata and the rest."""
@@ -51,7 +53,7 @@ def card(
     text = render_card(
         config,
         known | (provenance or {}),
-        summarise(evaluations or [], STATE),
+        summarise(evaluations or [], state or STATE),
         Exported(export, "bfloat16", chats=chats),
         base_card=base_card,
     )
@@ -122,6 +124,11 @@ def test_who_was_distilled_from_whom_how_and_with_what() -> None:
     assert row_of(body, "training time").startswith("1 h 02 min, 1 min 01 s of it")
     assert row_of(body, "traffic with the teacher") == "100 bytes a completion token, both ways"
     assert row_of(body, "software") == "Python 3.11.7, vopd 0.1.0"
+
+
+def test_a_teacher_in_the_same_process_has_no_traffic() -> None:
+    _, body = card(state=replace(STATE, teacher_bytes=0))
+    assert row_of(body, "traffic with the teacher") == "none: in the same process"
 
 
 def test_every_one_of_several_teachers_is_named() -> None:

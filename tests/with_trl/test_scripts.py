@@ -137,6 +137,7 @@ def test_ctrl_c_ends_a_script_that_waits_for_a_teacher_that_hangs(
     finally:
         teacher.send_signal(signal.SIGCONT)
         script.kill()
-    assert script.returncode == -signal.SIGINT
+    # Python forgets that it was SIGINT when a library executes text at its exit, as torch does beside tabulate.
+    assert script.returncode in (-signal.SIGINT, 1), output
     assert output.rstrip().endswith("KeyboardInterrupt")
     assert "remote_loss.py" in output  # where it was
