@@ -164,13 +164,7 @@ def prepare_run(
     plans = fit_to_teachers(student, plans, temperature=config.temperature, head_cache=config.head_cache, tell=tell)
 
     module = student.module
-    if shaping.importance_cap is not None and any(plan.request.drop_end_ids for plan in plans.values()):
-        setting = "max_staleness 1" if config.max_staleness > 0 else "rollouts vllm"
-        setting = "importance_cap" if config.importance_cap is not None else setting
-        raise ConfigError(
-            f"{setting} does not go with end_token drop: completions were sampled with the end token, and the "
-            "probabilities that the loss sees, and importance weights compare with, are those without it"
-        )
+    check_end_tokens(config, shaping, plans)
     module.reward_floor = shaping.reward_floor
     check_room(config, directory, module)
     introduction = [*introduce(config, student, plans, prompts, eval_prompts), *introduce_environment(config)]
@@ -186,14 +180,7 @@ def prepare_run(
     wrapped = wrap(accelerator, module, optimizer, scheduler)
     storage = ShardedState(accelerator, module, *wrapped[1:]) if is_sharded(module) else accelerator
     source = prompt_source(config, rows, prompts, student, teachers)
-    identity = RunIdentity(
-        config_hash=settings_hash(config.model_dump(mode="json")),
-        prompts_hash=source.fingerprint,
-        teacher_model_id=of_each_teacher({name: teacher.info.model_id for name, teacher in teachers.items()}),
-        teacher_model_revision=of_each_teacher(
-            {name: teacher.info.model_revision for name, teacher in teachers.items()}
-        ),
-    )
+    identity = identity_of(config, source, teachers)
     state = go_back_to_checkpoint(config, storage, directory, identity, tell)
     if state.step > 0:
         source.read_state(directory.checkpoints / checkpoint_name(state.step), state.step)
@@ -241,6 +228,18 @@ def prompt_source(
     )
 
 
+def identity_of(config: TrainConfig, source: PromptSource, teachers: Teachers) -> RunIdentity:
+    """What a checkpoint is compared with before a run goes on from it."""
+    return RunIdentity(
+        config_hash=settings_hash(config.model_dump(mode="json")),
+        prompts_hash=source.fingerprint,
+        teacher_model_id=of_each_teacher({name: teacher.info.model_id for name, teacher in teachers.items()}),
+        teacher_model_revision=of_each_teacher(
+            {name: teacher.info.model_revision for name, teacher in teachers.items()}
+        ),
+    )
+
+
 def of_each_teacher(values: Mapping[str, str]) -> str:
     """What a checkpoint remembers of its teachers: `code=a, math=b`; of one without a name the value alone."""
     return ", ".join(f"{name}={value}" if name else value for name, value in sorted(values.items()))
@@ -256,6 +255,18 @@ def check_objective(config: TrainConfig) -> Shaping:
     shaping = Shaping(reward_floor(config.reward_clip_lambda), config.advantage_clip, importance_cap)
     check_shaping(config.objective, shaping, has_task_reward=config.task_reward_weight > 0)
     return shaping
+
+
+def check_end_tokens(config: TrainConfig, shaping: Shaping, plans: Mapping[str, TeachingPlan]) -> None:
+    """Importance weights compare probabilities of the same ids. Raises: ConfigError where end tokens are dropped."""
+    if shaping.importance_cap is None or not any(plan.request.drop_end_ids for plan in plans.values()):
+        return
+    setting = "max_staleness 1" if config.max_staleness > 0 else "rollouts vllm"
+    setting = "importance_cap" if config.importance_cap is not None else setting
+    raise ConfigError(
+        f"{setting} does not go with end_token drop: completions were sampled with the end token, and the "
+        "probabilities that the loss sees, and importance weights compare with, are those without it"
+    )
 
 
 def has_sampled_term(config: TrainConfig) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fake_local_teacher import FakeLocalTeacher
+from moved_weights import moved
 from tiny_model import CHAT_TEMPLATE, NUM_IDS, write_tiny_model
 from training_runs import Runs, same_bits
 from vopd_client.cli import main
@@ -26,20 +27,10 @@ from vopd_client.export import ExportKind, dtype_to_export, save_student
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.run_directory import RunDirectory
-from vopd_client.student import LoadedStudent, load_student
+from vopd_client.student import load_student
 
 FORMS: list[tuple[ExportKind, int]] = [("merged", 0), ("merged", 4), ("adapter", 4)]
 IDS_BS = torch.arange(1, 40)[None]
-
-
-def moved(loaded: LoadedStudent) -> LoadedStudent:
-    """Every trainable weight is another, as after training."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in loaded.module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return loaded
 
 
 def logits_of(model: Any) -> Tensor:

@@ -34,6 +34,7 @@ from transformers import (
     T5Config,
 )
 
+from moved_weights import moved
 from tiny_model import CHAT_TEMPLATE, write_tiny_model
 from vopd_client.errors import ConfigError
 from vopd_client.export import save_student
@@ -42,7 +43,6 @@ from vopd_client.model_files import add_lora
 from vopd_client.rollouts.base import RolloutKey
 from vopd_client.rollouts.transformers import RolloutSampler
 from vopd_client.student import (
-    LoadedStudent,
     StudentForTraining,
     StudentOutputs,
     load_student,
@@ -536,19 +536,9 @@ def test_an_adapter_directory_is_refused(tiny_model_dir: Path, tmp_path: Path) -
         load_student(tmp_path / "adapter", device="cpu")
 
 
-def randomised(loaded: LoadedStudent) -> LoadedStudent:
-    """Moves every trainable weight, as training does."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in loaded.module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return loaded
-
-
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_saved_student_loads_with_plain_transformers(tiny_model_dir: Path, tmp_path: Path, lora_rank: int) -> None:
-    loaded = randomised(load_student(tiny_model_dir, lora_rank=lora_rank, lora_alpha=8.0, device="cpu"))
+    loaded = moved(load_student(tiny_model_dir, lora_rank=lora_rank, lora_alpha=8.0, device="cpu"))
     before = {name: value.clone() for name, value in loaded.module.state_dict().items()}
     save_student(loaded.module, loaded.tokenizer, tmp_path / "saved")
 

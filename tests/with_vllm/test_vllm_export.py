@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from moved_weights import moved
 from tiny_model import write_tiny_model
 from vopd_client.export import save_student
 from vopd_client.student import LoadedStudent, load_student
@@ -36,13 +37,7 @@ class Exports:
 
 def trained(base: Path) -> LoadedStudent:
     """LoRA's weights are others than at the start, so that base and student write different completions."""
-    student = load_student(base, lora_rank=RANK, lora_alpha=8.0, device="cpu")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in student.module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return student
+    return moved(load_student(base, lora_rank=RANK, lora_alpha=8.0, device="cpu"))
 
 
 @pytest.fixture(scope="module")
